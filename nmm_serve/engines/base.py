@@ -1,0 +1,118 @@
+"""The engine protocol: the one door through which evaluation and serving see a model.
+
+Every engine takes the same requests and gives the same outputs. The torch engine is the slow, obvious
+oracle; the others are tested against it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from PIL import Image
+
+Progress = Callable[[int], None]
+"""Called with the number of requests that have finished since the last call."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to decode. `temperature == 0` is greedy. `max_tokens` counts new tokens only."""
+
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    logprobs: bool = False
+    """Return the log-probability of each chosen token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt: chat `messages`, or a raw `prompt`; exactly one of the two.
+
+    `messages` are in the OpenAI shape: `{"role": ..., "content": str | [parts]}` with parts
+    `{"type": "text", "text": ...}` and `{"type": "image"}`. A raw `prompt` marks each image with
+    `<|image|>`. `images` are taken in the order in which they appear.
+    """
+
+    messages: Sequence[dict[str, Any]] | None = None
+    prompt: str | None = None
+    images: Sequence[Image.Image] = ()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+
+    def __post_init__(self) -> None:
+        if (self.messages is None) == (self.prompt is None):
+            raise ValueError("a Request takes either messages or a prompt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Seconds, each from the moment the request was handed over. None: this engine cannot see it.
+
+    `token_s` holds the arrival of each new token (or streamed chunk); `ttft_s` is its first entry.
+    """
+
+    ttft_s: float | None = None
+    e2e_s: float | None = None
+    preprocess_s: float | None = None
+    token_s: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What came back. A request that failed has `error` set and an empty text; it is never scored as an answer."""
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    finish_reason: str = "stop"
+    """`stop` (end token or stop string), `length`, or `error`."""
+    num_prompt_tokens: int = 0
+    num_tokens: int = 0
+    """New tokens. An engine that cannot see token ids (a server's URL) still counts them."""
+    logprobs: tuple[float, ...] | None = None
+    timing: Timing = field(default_factory=Timing)
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRequest:
+    """Log-likelihood of `continuation` after `context` (raw text, images marked with `<|image|>`)."""
+
+    context: str
+    continuation: str
+    images: Sequence[Image.Image] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Sum of log-probabilities (nats) of the continuation's tokens, and whether greedy decoding would have produced them."""
+
+    logprob: float
+    is_greedy: bool
+    num_tokens: int
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """A loaded model that answers requests. Close it when done, or use it as a context manager."""
+
+    name: str
+    """`torch`, `vllm`, `openai`, ..."""
+    model: str
+    """The checkpoint directory or URL."""
+
+    def generate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Output]:
+        """Answer every request, in order. A request that fails is an Output with `error`, never an exception."""
+        ...
+
+    def loglikelihood(self, requests: Sequence[ScoreRequest], progress: Progress | None = None) -> list[Score]:
+        """Score every continuation, in order."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Versions, dtype, device and settings that belong into a record."""
+        ...
+
+    def close(self) -> None: ...
