@@ -1,2 +1,5 @@
 if __name__ != "nmm_serve.cli":
-    raise ImportError(f"{__name__} was imported from the source folder; import nmm_serve.cli instead")
+    raise ImportError(
+        f"{__name__!r} was picked up from the source folder because the current directory is on sys.path; "
+        "import nmm_serve.cli, and start Python with -P (or PYTHONSAFEPATH=1) from here"
+    )

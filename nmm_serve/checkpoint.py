@@ -1,0 +1,174 @@
+"""A checkpoint is one directory: config, safetensors, tokenizer and processor files, `run.json`. No pickle.
+
+It is written beside its place and renamed into it, so that a reader sees a whole one or none.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nmm_serve.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+    from nmm_serve.config import NMMConfig
+    from nmm_serve.models import NMMForConditionalGeneration
+    from nmm_serve.processor import NMMProcessor
+
+WEIGHTS = "model.safetensors"
+REQUIRED = ("config.json", "tokenizer.json", "processor_config.json")
+HASHED = ("config.json", "tokenizer.json", "processor_config.json", WEIGHTS)
+
+
+@contextmanager
+def atomic_directory(path: str | Path) -> Iterator[Path]:
+    """A new directory that appears at `path` whole, and durably, or not at all. It replaces an old one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield staging
+        for file in staging.rglob("*"):
+            if file.is_file():
+                _fsync(file)
+        staging.chmod(0o755)
+        old = path.with_name(f".{path.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            path.rename(old)
+        staging.rename(path)
+        _fsync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_checkpoint(
+    path: str | Path, model: "NMMForConditionalGeneration", processor: "NMMProcessor", run: dict[str, Any]
+) -> None:
+    """Write model, processor and `run.json` as one checkpoint."""
+    with atomic_directory(path) as staging:
+        write_checkpoint(staging, model, processor, run)
+
+
+def write_checkpoint(folder: Path, model, processor, run: dict[str, Any]) -> None:
+    """The files of a checkpoint, into a folder that the caller publishes."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+
+
+def check_checkpoint(path: str | Path) -> Path:
+    """Raise CheckpointError unless `path` holds the files of one of our checkpoints."""
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"checkpoint directory {path} does not exist")
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is a file; give the checkpoint's directory")
+    missing = [name for name in REQUIRED if not (path / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{path} is not a checkpoint: it lacks {', '.join(missing)}")
+    try:
+        model_type = json.loads((path / "config.json").read_text()).get("model_type")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+        raise CheckpointError(f"{path}/config.json is not a JSON object") from None
+    if model_type != "nmm":
+        raise CheckpointError(f"{path} holds a {model_type!r} model; this project loads model_type 'nmm'")
+    if not (path / WEIGHTS).is_file() and not (path / f"{WEIGHTS}.index.json").is_file():
+        pickles = [p.name for p in path.glob("*.bin")] + [p.name for p in path.glob("*.pt")]
+        hint = f"; {pickles[0]} is a pickle, which can run code and is never loaded" if pickles else ""
+        raise CheckpointError(f"{path} has no {WEIGHTS}{hint}")
+    return path
+
+
+def load_config(path: str | Path) -> "NMMConfig":
+    from nmm_serve.config import NMMConfig
+
+    path = check_checkpoint(path)
+    try:
+        return NMMConfig.from_pretrained(path)
+    except Exception as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[-1]
+        raise CheckpointError(f"{path}/config.json is not valid: {reason}") from error
+
+
+def load_processor(path: str | Path) -> "NMMProcessor":
+    """The processor, checked against the model's config: another model's tokenizer is refused."""
+    from nmm_serve.processor import NMMProcessor
+    from nmm_serve.tokenizer import token_ids
+
+    config = load_config(path)
+    try:
+        processor = NMMProcessor.from_pretrained(path, local_files_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path}: the tokenizer or processor files cannot be read: {error}") from error
+    for name, value in token_ids(processor.tokenizer).items():
+        if value != getattr(config, name):
+            raise CheckpointError(
+                f"{path}: tokenizer and model do not match: {name} is {value} in the tokenizer "
+                f"but {getattr(config, name)} in config.json; use the tokenizer that the model was trained with"
+            )
+    if len(processor.tokenizer) > config.vocab_size:
+        raise CheckpointError(
+            f"{path}: the tokenizer has {len(processor.tokenizer)} tokens but the model only {config.vocab_size}"
+        )
+    for name in ("patch_size", "image_size"):
+        if getattr(processor.image_processor, name) != getattr(config, name):
+            raise CheckpointError(f"{path}: {name} differs between processor_config.json and config.json")
+    return processor
+
+
+def load_model(
+    path: str | Path, dtype: "torch.dtype | None" = None, device: str = "cpu"
+) -> "NMMForConditionalGeneration":
+    """The model in evaluation mode. Every weight must be there, and no other."""
+    from nmm_serve.models import NMMForConditionalGeneration
+
+    config = load_config(path)
+    try:
+        model, info = NMMForConditionalGeneration.from_pretrained(
+            path, config=config, dtype=dtype or "auto", local_files_only=True, use_safetensors=True,
+            output_loading_info=True,
+        )  # fmt: skip
+    except Exception as error:
+        raise CheckpointError(f"{path}/{WEIGHTS} cannot be loaded: {error}") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(kind):
+            raise CheckpointError(
+                f"{path}/{WEIGHTS} does not fit config.json: {kind.replace('_', ' ')} {sorted(map(str, info[kind]))[:3]}"
+            )
+    return model.to(device).eval()
+
+
+def read_run(path: str | Path) -> dict[str, Any]:
+    """`run.json`: how the checkpoint came to be. Empty when someone left it out."""
+    file = Path(path) / "run.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def checkpoint_hash(path: str | Path) -> str:
+    """sha256 over the files that decide what the model says: weights, config, tokenizer, processor."""
+    digest = hashlib.sha256()
+    for name in sorted({*HASHED, *(p.name for p in Path(path).glob("*.safetensors"))}):
+        file = Path(path) / name
+        if file.is_file():
+            digest.update(name.encode())
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,168 @@
+"""The one configuration class: early, late, MoE and late x MoE differ by its fields alone.
+
+Sizes follow arXiv 2504.07951 (section 2 and table 6); where the paper is silent the choices are those of the
+code bases it cites: pre-norm RMSNorm, SwiGLU, per-head QK-norm, RoPE, no biases, untied embeddings.
+"""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+HEAD_DIMS = (32, 64, 96, 128)
+"""Head sizes that the torch, vLLM (CPU and GPU) and ONNX Runtime engines all support."""
+
+
+def default_head_dim(hidden_size: int) -> int:
+    """The head size for a width: 64 or more where it divides the width into at most 32 heads, 32 otherwise.
+
+    The paper's widths share only the factor 32 and its head counts are not stated.
+    """
+    for head_dim in (64, 96, 128):
+        if hidden_size % head_dim == 0 and hidden_size // head_dim <= 32:
+            return head_dim
+    if hidden_size % 32 == 0:
+        return 32
+    raise ValueError(
+        f"hidden_size {hidden_size} is not a multiple of 32, so no supported head size {HEAD_DIMS} fits it"
+    )
+
+
+def default_intermediate_size(hidden_size: int) -> int:
+    """The SwiGLU hidden size of open_lm and L3M: 8d/3 rounded down, then up to a multiple of 256."""
+    return 256 * -(-(8 * hidden_size // 3) // 256)
+
+
+def check_shape(name: str, hidden_size: int, num_heads: int, head_dim: int) -> None:
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"{name}head_dim {head_dim} is not supported by every engine; use one of {HEAD_DIMS}")
+    if num_heads * head_dim != hidden_size:
+        raise ValueError(
+            f"{name}num_attention_heads {num_heads} x {name}head_dim {head_dim} = {num_heads * head_dim}, "
+            f"but {name}hidden_size is {hidden_size}; make them equal or leave the two out"
+        )
+
+
+@strict
+class NMMVisionConfig(PreTrainedConfig):
+    """The ViT encoder of late fusion: the decoder's block, bidirectional, with learned positions instead of RoPE."""
+
+    model_type = "nmm_vision"
+    base_config_key = "vision_config"
+
+    hidden_size: int = 384
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 24
+    num_attention_heads: int | None = None
+    head_dim: int | None = None
+    rms_norm_eps: float = 1e-5
+
+    def __post_init__(self, **kwargs):
+        self.head_dim = self.head_dim or default_head_dim(self.hidden_size)
+        self.num_attention_heads = self.num_attention_heads or self.hidden_size // self.head_dim
+        self.intermediate_size = self.intermediate_size or default_intermediate_size(self.hidden_size)
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        check_shape("vision ", self.hidden_size, self.num_attention_heads, self.head_dim)
+
+
+@strict
+class NMMConfig(PreTrainedConfig):
+    """A native multimodal model.
+
+    `vision_config` present means late fusion, absent means early fusion. `num_experts > 0` means that
+    every feed-forward layer is a mixture of experts.
+
+    Images: an image is scaled to about `image_size` x `image_size` pixels in area, aspect ratio kept, and cut into
+    patches of `patch_size` pixels; each patch is one token in the decoder, in both families.
+    """
+
+    model_type = "nmm"
+    sub_configs = {"vision_config": NMMVisionConfig}  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+
+    vocab_size: int = 50432
+    hidden_size: int = 800
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 24
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 1024
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+
+    patch_size: int = 14
+    image_size: int = 224
+    vision_config: dict | NMMVisionConfig | None = None
+
+    num_experts: int = 0
+    num_experts_per_tok: int = 1
+    norm_topk_prob: bool = False
+    """Rescale the chosen experts' weights to sum to 1. With top-1 the router would then get no gradient."""
+    router_aux_loss_coef: float = 0.01
+
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    image_start_token_id: int | None = None
+    image_token_id: int | None = None
+    image_end_token_id: int | None = None
+
+    is_mm_prefix_lm: bool = True
+    """Patches of one image attend to each other in both directions. vLLM reads this very name."""
+
+    def __post_init__(self, **kwargs):
+        if isinstance(self.vision_config, dict):
+            self.vision_config = NMMVisionConfig(**self.vision_config)
+        self.head_dim = self.head_dim or default_head_dim(self.hidden_size)
+        self.num_attention_heads = self.num_attention_heads or self.hidden_size // self.head_dim
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.intermediate_size = self.intermediate_size or default_intermediate_size(self.hidden_size)
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "patch_size", "image_size"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        check_shape("", self.hidden_size, self.num_attention_heads, self.head_dim)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.num_experts < 0 or (self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts):
+            raise ValueError(
+                f"num_experts_per_tok {self.num_experts_per_tok} must lie between 1 and num_experts {self.num_experts}"
+            )
+
+    @property
+    def fusion(self) -> Literal["early", "late"]:
+        return "early" if self.vision_config is None else "late"
+
+    @property
+    def family(self) -> str:
+        """`early`, `late`, `moe` or `late-moe`."""
+        if not self.num_experts:
+            return self.fusion
+        return "moe" if self.fusion == "early" else "late-moe"
+
+    @property
+    def max_image_tokens(self) -> int:
+        """Patches that one image takes at most."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one raw RGB patch."""
+        return 3 * self.patch_size**2
+
+    @property
+    def vision_width(self) -> int:
+        """Width of the first layer that sees patches: the encoder's, or without one the decoder's."""
+        return self.vision_config.hidden_size if self.vision_config is not None else self.hidden_size

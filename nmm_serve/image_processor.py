@@ -1,0 +1,71 @@
+"""Images to patches, for every engine: the one implementation, in transformers' shape."""
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_processing_backends import PilBackend
+
+from nmm_serve.errors import ImageError
+from nmm_serve.images import load_image, patch_grid
+from nmm_serve.models.vision import MAX_ASPECT_RATIO, patchify
+
+
+class NMMImageProcessor(PilBackend):
+    """Scale an image to about `image_size` squared pixels, aspect ratio kept, and cut it into raw patches.
+
+    Output: `pixel_values` [patches of all images, 3 * patch_size^2] float32 in [-1, 1] and `image_grid`
+    [images, 2] rows and columns of patches.
+    """
+
+    model_input_names = ["pixel_values", "image_grid"]  # noqa: RUF012
+
+    def __init__(self, patch_size: int = 14, image_size: int = 224, **kwargs):
+        super().__init__(**kwargs)
+        self.patch_size = patch_size
+        self.image_size = image_size
+
+    @property
+    def max_image_tokens(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        """Rows and columns of patches that an image of this size gets. Raises ImageError past 16:1."""
+        return patch_grid(width, height, self.max_image_tokens, min(MAX_ASPECT_RATIO, self.max_image_tokens))
+
+    def patches(self, image: Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:
+        """One image -> ([rows*cols, 3*patch_size^2] float32, (rows, cols))."""
+        image = load_image(image)
+        rows, cols = self.grid(*image.size)
+        size = (cols * self.patch_size, rows * self.patch_size)
+        if image.size != size:
+            image = image.resize(size, Image.Resampling.BICUBIC)
+        return patchify(torch.from_numpy(np.array(image)), self.patch_size), (rows, cols)
+
+    def preprocess(self, images, return_tensors=None, **kwargs) -> BatchFeature:
+        """One image or a list of images (PIL, or uint8 arrays of shape [H, W, 3] or [H, W])."""
+        if isinstance(images, (Image.Image, np.ndarray, torch.Tensor)):
+            images = [images]
+        results = [self.patches(as_pil(image)) for image in images]
+        data = {
+            "pixel_values": torch.cat([patches for patches, _ in results])
+            if results
+            else torch.empty((0, 3 * self.patch_size**2)),
+            "image_grid": torch.tensor([grid for _, grid in results], dtype=torch.long).view(-1, 2),
+        }
+        return BatchFeature(data=data, tensor_type=return_tensors)
+
+    def __call__(self, images, *args, **kwargs) -> BatchFeature:
+        return self.preprocess(images, *args, **kwargs)
+
+
+def as_pil(image) -> Image.Image:
+    """Arrays must be uint8 and channels-last: guessing the layout of a 3-pixel-wide image is how engines crash."""
+    if isinstance(image, Image.Image):
+        return image
+    array = np.asarray(image)
+    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] == 3)):
+        raise ImageError(
+            f"an image array must be uint8 of shape [H, W, 3] or [H, W], not {array.dtype} {list(array.shape)}"
+        )
+    return Image.fromarray(array)

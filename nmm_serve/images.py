@@ -1,0 +1,93 @@
+"""Read an image the way a person would see it, and refuse it before decoding when it is too large."""
+
+import io
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from nmm_serve.errors import ImageError
+
+MAX_PIXELS = 64 * 2**20
+"""Refuse larger images from their header alone: 64 Mi pixels decode to 192 MiB."""
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+BACKGROUND = (255, 255, 255)
+"""What shows through transparent pixels."""
+
+
+def load_image(source: str | Path | bytes | Image.Image, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Open a file, bytes or PIL image and return it as upright RGB.
+
+    EXIF orientation is applied, transparency is composited on white, palettes, grey, CMYK and 16-bit grey are
+    converted, and of an animation the first frame counts.
+
+    Raises ImageError, in words of our own: a decoder's message can hold memory addresses.
+    """
+    if isinstance(source, Image.Image):
+        name, image = "the image", source
+    else:
+        name = "the image" if isinstance(source, bytes) else str(source)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+        except FileNotFoundError:
+            raise ImageError(f"{name}: no such file") from None
+        except IsADirectoryError:
+            raise ImageError(f"{name} is a directory, not an image file") from None
+        except PermissionError:
+            raise ImageError(f"{name}: permission denied") from None
+        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError):
+            raise ImageError(f"{name} is not a readable image; supported: {', '.join(FORMATS)}") from None
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise ImageError(f"{name} has no pixels ({width}x{height})")
+    if width * height > max_pixels:
+        raise ImageError(f"{name} has {width}x{height} pixels, over the limit of {max_pixels}; scale it down first")
+    try:
+        image.load()
+        return to_rgb(ImageOps.exif_transpose(image))
+    except ImageError:
+        raise
+    except Exception:  # decoders raise anything on damaged data
+        raise ImageError(f"{name} is damaged or truncated: its pixels cannot be decoded") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode to RGB: transparency on white, 16-bit grey scaled to 8 bits."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image, dtype=np.uint32) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ImageError(f"images of mode {image.mode!r} (32 bits a channel) have no agreed white; convert to 8 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, (*BACKGROUND, 255))
+        return Image.alpha_composite(canvas, image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def patch_grid(width: int, height: int, max_tokens: int, max_aspect_ratio: float) -> tuple[int, int]:
+    """Rows and columns of patches for an image: as many as fit into `max_tokens`, as near its aspect ratio as they can be.
+
+    An image is scaled up or down to that grid, so that every image costs about the same number of tokens.
+
+    Raises ImageError for an image longer than `max_aspect_ratio`.
+    """
+    ratio = width / height
+    if max(ratio, 1 / ratio) > max_aspect_ratio:
+        raise ImageError(f"an image of {width}x{height} is longer than {max_aspect_ratio:g}:1; crop it or split it")
+    ideal_rows = math.sqrt(max_tokens / ratio)
+    ideal_cols = ideal_rows * ratio
+    candidates = [
+        (rows, cols)
+        for rows in {math.floor(ideal_rows), math.ceil(ideal_rows)}
+        for cols in {math.floor(ideal_cols), math.ceil(ideal_cols)}
+        if rows >= 1 and cols >= 1 and rows * cols <= max_tokens
+    ] or [(1, max_tokens) if ratio > 1 else (max_tokens, 1)]
+    # least distortion plus least area given away, both as logarithms
+    return min(
+        candidates,
+        key=lambda g: (abs(math.log(g[1] / g[0] / ratio)) + math.log(max_tokens / (g[0] * g[1])), g),
+    )

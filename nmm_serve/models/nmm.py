@@ -1,0 +1,231 @@
+"""The native multimodal model of all families, in the shape that transformers expects.
+
+Legend: B batch, T new tokens, S keys, D hidden size, V vocabulary, P patches of all images, K numbers in a patch,
+I images, E experts, L layers.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_utils import PreTrainedModel
+
+from nmm_serve.config import NMMConfig
+from nmm_serve.errors import PromptError
+from nmm_serve.kernels.moe_reference import load_balancing_loss
+from nmm_serve.models.blocks import DecoderLayer, Experts, RMSNorm, rope_tables
+from nmm_serve.models.masks import attention_mask as build_mask
+from nmm_serve.models.masks import image_spans
+from nmm_serve.models.vision import PatchEmbed, VisionEncoder
+
+
+@dataclass
+class NMMOutput(ModelOutput):
+    """`loss` is cross-entropy plus the weighted load-balancing loss; `ce_loss` is cross-entropy alone (nats a token)."""
+
+    loss: torch.Tensor | None = None
+    ce_loss: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+
+
+class NMMPreTrainedModel(PreTrainedModel):
+    config_class = NMMConfig
+    config: NMMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = False
+    _supports_sdpa = True
+    _no_split_modules = ["DecoderLayer", "EncoderLayer"]  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """L3M's initialisation: truncated normal with variance 1 / (fan_in * (1 + depth)); embeddings U(-0.1, 0.1)."""
+
+        def fan_in(weight: torch.Tensor) -> None:
+            std = (weight.shape[-1] * (1 + self.config.num_hidden_layers)) ** -0.5
+            nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+
+        if isinstance(module, nn.Linear):
+            fan_in(module.weight)
+        elif isinstance(module, Experts):
+            fan_in(module.gate_up_proj)
+            fan_in(module.down_proj)
+        elif isinstance(module, nn.Embedding):
+            nn.init.uniform_(module.weight, -0.1, 0.1)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+
+
+class NMMModel(NMMPreTrainedModel):
+    """Embeddings, image front and decoder; returns the normed residual stream."""
+
+    def __init__(self, config: NMMConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.patch_embed = PatchEmbed(config)
+        if config.vision_config is not None:
+            self.vision = VisionEncoder(config.vision_config)
+            self.connector = nn.Linear(config.vision_config.hidden_size, config.hidden_size, bias=False)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_init()
+
+    def image_tokens(self, pixel_values: torch.Tensor, image_grid: torch.Tensor) -> torch.Tensor:
+        """Raw patches [P, K] of images with `image_grid` [I, 2] rows and columns -> decoder inputs [P, D]."""
+        x_PD = self.patch_embed(pixel_values, image_grid)
+        if self.config.vision_config is not None:
+            x_PD = self.connector(self.vision(x_PD, image_grid))
+        return x_PD
+
+    def embed(self, input_ids: torch.Tensor, pixel_values=None, image_grid=None) -> torch.Tensor:
+        """Token embeddings with the image tokens put in the place of their placeholders. [B, T, D]
+
+        Raises PromptError when the number of placeholders is not the number of patches: scattering anyway would
+        silently show the model the wrong image.
+        """
+        x_BTD = self.embed_tokens(input_ids)
+        is_image_BT = input_ids == self.config.image_token_id
+        num_slots, num_patches = int(is_image_BT.sum()), 0 if pixel_values is None else pixel_values.shape[0]
+        if num_slots != num_patches:
+            raise PromptError(
+                f"the prompt has {num_slots} image tokens but its images give {num_patches} patches; "
+                "build both with the processor, and give one <|image|> for each image"
+            )
+        if pixel_values is None:
+            return x_BTD
+        image_PD = self.image_tokens(pixel_values, image_grid).to(x_BTD.dtype)
+        return x_BTD.masked_scatter(is_image_BT[:, :, None], image_PD)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        image_grid: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Returns the final hidden states [B, T, D] and, for MoE, the router logits [B*T, E] of each layer."""
+        T = input_ids.shape[1]
+        num_past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if position_ids is None:
+            if attention_mask is None:
+                position_ids = torch.arange(num_past, num_past + T, device=input_ids.device)[None]
+            else:
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
+        x_BTD = self.embed(input_ids, pixel_values, image_grid)
+        rope = rope_tables(position_ids, self.config.head_dim, self.config.rope_theta, x_BTD.dtype)
+        if T == 1 and attention_mask is None:
+            mask_B1TS = None
+        else:
+            span_BT = image_spans(input_ids == self.config.image_token_id)
+            mask_B1TS = build_mask(span_BT, num_past + T, attention_mask, document_ids)
+        router_logits = []
+        for layer in self.layers:
+            x_BTD, logits_NE = layer(x_BTD, mask_B1TS, rope, past_key_values)
+            if logits_NE is not None:
+                router_logits.append(logits_NE)
+        return self.norm(x_BTD), tuple(router_logits)
+
+
+class NMMForConditionalGeneration(NMMPreTrainedModel, GenerationMixin):
+    """Image and text in, text out (arXiv 2504.07951)."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: NMMConfig):
+        super().__init__(config)
+        self.model = NMMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def get_image_features(self, pixel_values: torch.Tensor, image_grid: torch.Tensor) -> list[torch.Tensor]:
+        """One [rows*cols, D] tensor an image."""
+        return list(self.model.image_tokens(pixel_values, image_grid).split(image_grid.prod(-1).tolist()))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        image_grid: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        output_router_logits: bool = False,
+        **kwargs,
+    ) -> NMMOutput:
+        """
+        Args:
+            input_ids: [B, T], each image as one placeholder a patch.
+            pixel_values: [P, K] raw patches of all images in order of appearance, in [-1, 1].
+            image_grid: [I, 2] rows and columns of patches.
+            attention_mask: [B, S], 0 for padding.
+            document_ids: [B, T], to keep attention inside documents that share a row.
+            labels: [B, T]; -100 does not count. Shifted here: position t is predicted from t - 1.
+            num_items_in_batch: divisor of the summed loss; default: the labels of this batch. Gradient accumulation
+                gives the labels of all its micro-batches.
+            logits_to_keep: compute logits for the last so many positions only; 0 is all.
+
+        In training with labels, logits are computed only where a label is, and not returned: image positions
+        carry no loss (section 2) and would be half of the largest matrix product.
+        """
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        x_BTD, router_logits = self.model(
+            input_ids, pixel_values, image_grid, attention_mask, position_ids, document_ids, past_key_values
+        )
+        output = NMMOutput(
+            past_key_values=past_key_values, router_logits=router_logits if output_router_logits else None
+        )
+        if labels is None or not self.training:
+            output.logits = self.lm_head(x_BTD[:, -logits_to_keep:] if logits_to_keep else x_BTD)
+        if labels is not None:
+            target_BT = F.pad(labels[:, 1:], (0, 1), value=-100)
+            has_label_BT = target_BT != -100
+            logits_NV = self.lm_head(x_BTD[has_label_BT]).float()
+            divisor = has_label_BT.sum() if num_items_in_batch is None else num_items_in_batch
+            output.ce_loss = F.cross_entropy(logits_NV, target_BT[has_label_BT], reduction="sum") / divisor
+            output.loss = output.ce_loss
+            if router_logits:
+                output.aux_loss = self.router_aux_loss(router_logits, attention_mask, has_label_BT, num_items_in_batch)
+                output.loss = output.ce_loss + self.config.router_aux_loss_coef * output.aux_loss
+        return output
+
+    def router_aux_loss(self, router_logits, attention_mask, has_label_BT, num_items_in_batch) -> torch.Tensor:
+        """Mean load-balancing loss of the layers; padding does not count. Under gradient accumulation each
+        micro-batch weighs by its share of the labels, like its cross-entropy."""
+        valid_N = None if attention_mask is None else attention_mask.reshape(-1).bool()
+        losses = []
+        for logits_NE in router_logits:
+            probs_NE = logits_NE.float().softmax(-1)
+            expert_NK = probs_NE.topk(self.config.num_experts_per_tok, dim=-1).indices
+            losses.append(load_balancing_loss(probs_NE, expert_NK, valid_N))
+        share = 1.0 if num_items_in_batch is None else has_label_BT.sum() / num_items_in_batch
+        return torch.stack(losses).mean() * share
+
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            inputs["pixel_values"] = inputs["image_grid"] = None  # they are in the cache already
+        return inputs

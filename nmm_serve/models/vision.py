@@ -1,0 +1,73 @@
+"""The way from raw patches to decoder inputs: one linear layer (early), or a ViT and a connector (late).
+
+Legend: P patches of all images, R = rows*cols patches of one image, I images, K numbers in a patch, D width.
+"""
+
+import torch
+from torch import nn
+
+from nmm_serve.models.blocks import EncoderLayer, RMSNorm
+
+MAX_ASPECT_RATIO = 16
+"""A longer image is refused: the learned position tables end there."""
+
+
+def max_grid_side(config) -> int:
+    """Rows or columns of patches at the largest aspect ratio: a 16:1 image of equal area is 4 times as long."""
+    return config.image_size // config.patch_size * int(MAX_ASPECT_RATIO**0.5)
+
+
+class PatchEmbed(nn.Module):
+    """One linear projection of raw RGB patches, plus a learned position of the row and of the column.
+
+    The paper does not say how early fusion tells an image's shape; two tables cost nothing and allow any aspect ratio.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.proj = nn.Linear(config.patch_dim, config.vision_width, bias=False)
+        self.row_embed = nn.Embedding(max_grid_side(config), config.vision_width)
+        self.col_embed = nn.Embedding(max_grid_side(config), config.vision_width)
+
+    def forward(self, patches_PK: torch.Tensor, grid_I2: torch.Tensor) -> torch.Tensor:
+        P = patches_PK.shape[0]
+        length_I = grid_I2.prod(-1)
+        start_I = length_I.cumsum(0) - length_I
+        start_P, cols_P = (x.repeat_interleave(length_I, output_size=P) for x in (start_I, grid_I2[:, 1]))
+        index_P = torch.arange(P, device=patches_PK.device) - start_P
+        position_PD = self.row_embed(index_P // cols_P) + self.col_embed(index_P % cols_P)
+        return self.proj(patches_PK.to(self.proj.weight.dtype)) + position_PD
+
+
+class VisionEncoder(nn.Module):
+    """The ViT of late fusion. Images of one batch may differ in size: they are padded and masked."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x_PD: torch.Tensor, grid_I2: torch.Tensor) -> torch.Tensor:
+        lengths = grid_I2.prod(-1).tolist()
+        if len(set(lengths)) == 1:
+            x_IRD, mask_I1RR = x_PD.view(len(lengths), lengths[0], -1), None
+        else:
+            x_IRD = nn.utils.rnn.pad_sequence(x_PD.split(lengths), batch_first=True)
+            length_I = torch.tensor(lengths, device=x_PD.device)
+            real_IR = torch.arange(x_IRD.shape[1], device=x_PD.device) < length_I[:, None]
+            mask_I1RR = real_IR[:, None, None, :].expand(-1, 1, x_IRD.shape[1], -1)
+        for layer in self.layers:
+            x_IRD = layer(x_IRD, mask_I1RR)
+        x_IRD = self.norm(x_IRD)
+        return x_IRD.flatten(0, 1) if mask_I1RR is None else x_IRD[real_IR]
+
+
+def patchify(pixels_HWC: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """uint8 [H, W, 3] -> float32 [rows*cols, patch_size*patch_size*3] in [-1, 1], patches in reading order.
+
+    The one definition of "image to patches"; the trainer and every engine use it.
+    """
+    H, W, C = pixels_HWC.shape
+    p = patch_size
+    patches = pixels_HWC.view(H // p, p, W // p, p, C).permute(0, 2, 1, 3, 4).reshape(-1, p * p * C)
+    return patches.float() / 127.5 - 1.0
