@@ -150,9 +150,8 @@ def load_model(
         raise CheckpointError(f"{path}/{WEIGHTS} cannot be loaded: {error}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(kind):
-            raise CheckpointError(
-                f"{path}/{WEIGHTS} does not fit config.json: {kind.replace('_', ' ')} {sorted(map(str, info[kind]))[:3]}"
-            )
+            names = ", ".join(sorted(map(str, info[kind]))[:3])
+            raise CheckpointError(f"{path}/{WEIGHTS} does not fit config.json: {kind.replace('_', ' ')}: {names}")
     return model.to(device).eval()
 
 

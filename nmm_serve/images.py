@@ -69,7 +69,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def patch_grid(width: int, height: int, max_tokens: int, max_aspect_ratio: float) -> tuple[int, int]:
-    """Rows and columns of patches for an image: as many as fit into `max_tokens`, as near its aspect ratio as they can be.
+    """Rows and columns of patches for an image: as many as `max_tokens` allows, as near its aspect ratio as can be.
 
     An image is scaled up or down to that grid, so that every image costs about the same number of tokens.
 

@@ -78,7 +78,7 @@ class NMMProcessor(ProcessorMixin):
         return self.encode_parts([part for _, part in message_parts(messages, True)], images)[0]
 
     def encode_prompt(self, prompt: str, images: Sequence[Image.Image] = ()) -> Encoded:
-        """A raw prompt in which `<|image|>` marks each image; special tokens in it are special. Begins with `<|bos|>`."""
+        """A raw prompt: `<|image|>` marks each image, special tokens in it are special, `<|bos|>` is put before it."""
         ids: list[int] = []
         patches, grids = [], []
         for token in self.tokenizer.encode(prompt, add_special_tokens=True):

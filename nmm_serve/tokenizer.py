@@ -42,7 +42,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         raise ConfigError(f"tokenizer {path} has no tokenizer.json; convert it to a fast tokenizer first")
     if tokenizer.chat_template == CHAT_TEMPLATE:
         return tokenizer
-    tokenizer.add_special_tokens({"additional_special_tokens": [t for t in SPECIAL_TOKENS]})
+    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
     return _finish(tokenizer)
 
 

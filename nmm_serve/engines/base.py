@@ -87,7 +87,7 @@ class ScoreRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Sum of log-probabilities (nats) of the continuation's tokens, and whether greedy decoding would have produced them."""
+    """Sum of log-probabilities (nats) of the continuation's tokens, and whether greedy decoding would give them."""
 
     logprob: float
     is_greedy: bool

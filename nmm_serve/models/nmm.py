@@ -25,7 +25,7 @@ from nmm_serve.models.vision import PatchEmbed, VisionEncoder
 
 @dataclass
 class NMMOutput(ModelOutput):
-    """`loss` is cross-entropy plus the weighted load-balancing loss; `ce_loss` is cross-entropy alone (nats a token)."""
+    """`loss` is cross-entropy plus weighted load-balancing loss; `ce_loss` is cross-entropy alone (nats a token)."""
 
     loss: torch.Tensor | None = None
     ce_loss: torch.Tensor | None = None
