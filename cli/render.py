@@ -1,0 +1,55 @@
+"""What the commands show: tables and JSON on stdout, progress bars and notes on stderr."""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+
+def stderr_console() -> Console:
+    return Console(file=sys.stderr, highlight=False)
+
+
+def note(message: str) -> None:
+    """One line for the reader on stderr, so that stdout stays clean for `--json`."""
+    stderr_console().print(Text(message))
+
+
+def print_json(document: Any) -> None:
+    """Exactly one JSON document on stdout. Refuses NaN and infinity, which are not JSON."""
+    click.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+@contextmanager
+def progress_bars() -> Iterator[Progress]:
+    """Progress bars with count, time gone and time left, on stderr; silent where stderr is not a terminal."""
+    console = stderr_console()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        yield bars
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> None:
+    """A table on stdout: the first column left-aligned, the others right-aligned. Cells are plain text, not markup."""
+    table = Table(title=title or None, caption=caption, title_justify="left", caption_justify="left")
+    for index, name in enumerate(columns):
+        table.add_column(Text(name), justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    # Without a terminal (a pipe, a log) rich would fold everything to 80 columns.
+    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 200)
+    console.print(table)
