@@ -1,0 +1,114 @@
+"""Parameters and FLOPs in closed form, from a config alone."""
+
+from dataclasses import dataclass
+
+from nmm_serve.config import NMMConfig
+
+
+@dataclass(frozen=True)
+class ParamCounts:
+    """Parameters by place. `decoder` and `vision` count the blocks' matrices, experts included."""
+
+    embedding: int
+    """Token embeddings and output layer (one table when tied)."""
+    decoder: int
+    decoder_active: int
+    """As `decoder`, with only the experts that one token visits, and the router."""
+    vision: int
+    other: int
+    """Patch layer, image positions, connector, norms."""
+
+    @property
+    def total(self) -> int:
+        """Every parameter; equals `model.num_parameters()`."""
+        return self.embedding + self.decoder + self.vision + self.other
+
+    @property
+    def active(self) -> int:
+        """Every parameter that one token can meet."""
+        return self.embedding + self.decoder_active + self.vision + self.other
+
+    @property
+    def paper(self) -> int:
+        """The count of arXiv 2504.07951, table 6: blocks and both embedding tables, without patch layer and norms;
+        for MoE the active one, without its router."""
+        return self.embedding + self.decoder_active + self.vision - self._router
+
+    _router: int = 0
+
+
+def _block(hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: int, experts: int = 1) -> int:
+    attention = hidden * head_dim * (heads + 2 * kv_heads) + heads * head_dim * hidden
+    return attention + experts * 3 * hidden * intermediate
+
+
+def _norms(layers: int, hidden: int, head_dim: int) -> int:
+    return layers * (2 * hidden + 2 * head_dim) + hidden
+
+
+def count_params(config: NMMConfig) -> ParamCounts:
+    """Closed form; a test holds it against the real modules."""
+    c, layers = config, config.num_hidden_layers
+
+    def decoder(experts: int) -> int:
+        return layers * _block(
+            c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.intermediate_size, experts
+        )
+
+    router = layers * c.hidden_size * c.num_experts
+    side = 4 * (c.image_size // c.patch_size)
+    other = _norms(layers, c.hidden_size, c.head_dim) + (c.patch_dim + 2 * side) * c.vision_width
+    vision = 0
+    if c.vision_config is not None:
+        v = c.vision_config
+        heads = v.num_attention_heads
+        vision = v.num_hidden_layers * _block(v.hidden_size, heads, heads, v.head_dim, v.intermediate_size)
+        other += _norms(v.num_hidden_layers, v.hidden_size, v.head_dim) + v.hidden_size * c.hidden_size
+    return ParamCounts(
+        embedding=c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2),
+        decoder=decoder(c.num_experts or 1) + router,
+        decoder_active=decoder(c.num_experts_per_tok if c.num_experts else 1) + router,
+        vision=vision,
+        other=other,
+        _router=router,
+    )
+
+
+def paper_flops(config: NMMConfig, image_tokens: int, text_tokens: int) -> int:
+    """Training FLOPs by the paper's convention: 6ND, for late fusion 6(N_v D_v + N D), N active, attention ignored."""
+    counts = count_params(config)
+    decoder = counts.paper - counts.vision
+    return 6 * (counts.vision * image_tokens + decoder * (image_tokens + text_tokens))
+
+
+def forward_flops(
+    config: NMMConfig, images: int, image_tokens: int, text_tokens: int, logits: int | None = None
+) -> int:
+    """Matrix-product FLOPs of one forward pass over one document: 2 a parameter and token, plus attention.
+
+    Args:
+        images: number of images.
+        image_tokens: patches of all images.
+        text_tokens: all other tokens.
+        logits: positions where the output layer runs (default: the text tokens).
+    """
+    c, counts, tokens = config, count_params(config), image_tokens + text_tokens
+    logits = text_tokens if logits is None else logits
+    flops = 2 * counts.decoder_active * tokens + 2 * c.hidden_size * c.vocab_size * logits
+    flops += 2 * c.patch_dim * c.vision_width * image_tokens
+    flops += attention_flops(c.num_hidden_layers, c.num_attention_heads * c.head_dim, tokens)
+    if c.vision_config is not None and images:
+        v = c.vision_config
+        flops += 2 * (counts.vision + v.hidden_size * c.hidden_size) * image_tokens
+        flops += images * attention_flops(v.num_hidden_layers, v.hidden_size, image_tokens // images)
+    return flops
+
+
+def attention_flops(layers: int, width: int, tokens: int) -> int:
+    """Scores and weighted sum of full attention: 2 products of 2 * tokens^2 * width FLOPs a layer."""
+    return 4 * layers * width * tokens**2
+
+
+def training_flops(config: NMMConfig, images: int, image_tokens: int, text_tokens: int) -> int:
+    """Forward and backward: three times the forward pass."""
+    return 3 * forward_flops(config, images, image_tokens, text_tokens)
