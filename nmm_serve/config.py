@@ -14,18 +14,15 @@ HEAD_DIMS = (32, 64, 96, 128)
 
 
 def default_head_dim(hidden_size: int) -> int:
-    """The head size for a width: 64 or more where it divides the width into at most 32 heads, 32 otherwise.
+    """The supported head size that gives the number of heads nearest to 16.
 
-    The paper's widths share only the factor 32 and its head counts are not stated.
+    The paper does not state its head counts; 16 is that of the code bases it cites. Its widths share only the
+    factor 32, so no single head size fits them all.
     """
-    for head_dim in (64, 96, 128):
-        if hidden_size % head_dim == 0 and hidden_size // head_dim <= 32:
-            return head_dim
-    if hidden_size % 32 == 0:
-        return 32
-    raise ValueError(
-        f"hidden_size {hidden_size} is not a multiple of 32, so no supported head size {HEAD_DIMS} fits it"
-    )
+    fitting = [size for size in HEAD_DIMS if hidden_size % size == 0]
+    if not fitting:
+        raise ValueError(f"hidden_size {hidden_size} is not a multiple of 32; supported head sizes are {HEAD_DIMS}")
+    return min(fitting, key=lambda size: abs(hidden_size // size - 16))
 
 
 def default_intermediate_size(hidden_size: int) -> int:

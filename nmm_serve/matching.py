@@ -42,7 +42,11 @@ def partner(
     image_tokens = early.max_image_tokens if image_tokens is None else image_tokens
 
     def cost(config: NMMConfig) -> int:
-        return count_params(config).total if by == "total" else forward_flops(config, 1, image_tokens, text_tokens)
+        return (
+            count_params(config).total
+            if by == "total"
+            else forward_flops(config, [image_tokens], [image_tokens + text_tokens])
+        )
 
     goal = cost(early)
     ratio = early.intermediate_size / early.hidden_size
@@ -57,7 +61,6 @@ def partner(
         _late(early, width, size)
         for width in widths
         for size in range(max(32, _to_32(0.6 * ratio * width)), _to_32(1.5 * ratio * width) + 1, 32)
-        if abs(_rough(early, width, size) - 1) < 1
     ]
     best = min(candidates, key=misfit)
     off = cost(best) / goal - 1
@@ -70,13 +73,6 @@ def partner(
 
 def _to_32(size: float) -> int:
     return max(32, round(size / 32) * 32)
-
-
-def _rough(early: NMMConfig, width: int, intermediate: int) -> float:
-    """Decoder blocks of the candidate over those of the early model, to skip hopeless candidates cheaply."""
-    return (4 * width**2 + 3 * width * intermediate) / (
-        4 * early.hidden_size**2 + 3 * early.hidden_size * early.intermediate_size
-    )
 
 
 def _late(early: NMMConfig, width: int, intermediate: int) -> NMMConfig:

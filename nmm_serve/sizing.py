@@ -1,5 +1,6 @@
 """Parameters and FLOPs in closed form, from a config alone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nmm_serve.config import NMMConfig
@@ -81,34 +82,34 @@ def paper_flops(config: NMMConfig, image_tokens: int, text_tokens: int) -> int:
     return 6 * (counts.vision * image_tokens + decoder * (image_tokens + text_tokens))
 
 
-def forward_flops(
-    config: NMMConfig, images: int, image_tokens: int, text_tokens: int, logits: int | None = None
-) -> int:
-    """Matrix-product FLOPs of one forward pass over one document: 2 a parameter and token, plus attention.
+def forward_flops(config: NMMConfig, images: Sequence[int], documents: Sequence[int], logits: int | None = None) -> int:
+    """Matrix-product FLOPs of one forward pass: 2 a parameter and token, plus attention.
 
     Args:
-        images: number of images.
-        image_tokens: patches of all images.
-        text_tokens: all other tokens.
-        logits: positions where the output layer runs (default: the text tokens).
+        images: patches of each image.
+        documents: tokens of each document, image tokens included; attention stays inside a document.
+        logits: positions where the output layer runs (default: every token that is no patch).
     """
-    c, counts, tokens = config, count_params(config), image_tokens + text_tokens
-    logits = text_tokens if logits is None else logits
+    c, counts = config, count_params(config)
+    tokens, image_tokens = sum(documents), sum(images)
+    logits = tokens - image_tokens if logits is None else logits
     flops = 2 * counts.decoder_active * tokens + 2 * c.hidden_size * c.vocab_size * logits
     flops += 2 * c.patch_dim * c.vision_width * image_tokens
-    flops += attention_flops(c.num_hidden_layers, c.num_attention_heads * c.head_dim, tokens)
-    if c.vision_config is not None and images:
+    flops += attention_flops(c.num_hidden_layers, c.num_attention_heads * c.head_dim, documents)
+    if c.vision_config is not None:
         v = c.vision_config
         flops += 2 * (counts.vision + v.hidden_size * c.hidden_size) * image_tokens
-        flops += images * attention_flops(v.num_hidden_layers, v.hidden_size, image_tokens // images)
+        flops += attention_flops(v.num_hidden_layers, v.hidden_size, images)
     return flops
 
 
-def attention_flops(layers: int, width: int, tokens: int) -> int:
-    """Scores and weighted sum of full attention: 2 products of 2 * tokens^2 * width FLOPs a layer."""
-    return 4 * layers * width * tokens**2
+def attention_flops(layers: int, width: int, lengths: Sequence[int]) -> int:
+    """Scores and weighted sum over each sequence: 2 products of 2 * length^2 * width FLOPs a layer."""
+    return 4 * layers * width * sum(length * length for length in lengths)
 
 
-def training_flops(config: NMMConfig, images: int, image_tokens: int, text_tokens: int) -> int:
+def training_flops(
+    config: NMMConfig, images: Sequence[int], documents: Sequence[int], logits: int | None = None
+) -> int:
     """Forward and backward: three times the forward pass."""
-    return 3 * forward_flops(config, images, image_tokens, text_tokens)
+    return 3 * forward_flops(config, images, documents, logits)
