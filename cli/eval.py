@@ -1,0 +1,192 @@
+"""nmm-eval: evaluate a checkpoint or a running server, and set the records side by side."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nmm_serve.cli.errors import Group, ItemsFailed
+from nmm_serve.cli.render import note, print_json, print_table, progress_bars
+
+_FILE = click.Path(path_type=Path)
+_SHOWN_FAILURES = 5
+
+
+@click.group(cls=Group)
+def main() -> None:
+    """Evaluate native multimodal models: VQA, captions, latency; compare them; write a report."""
+
+
+def _evaluation(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that vqa, caption, latency and all have in common."""
+    for decorate in reversed(
+        (
+            click.option(
+                "--model", required=True, help="Checkpoint directory, or the URL of an OpenAI-compatible server."
+            ),
+            click.option("--engine", help="torch (default for a directory), vllm, or openai (default for a URL)."),
+            click.option("--name", help="How tables call the model. Default: the directory's name."),
+            click.option(
+                "--data", type=_FILE, help="Folder with images/SPLIT/, captions_SPLIT.json, vqa_SPLIT_*.json."
+            ),
+            click.option("--split", default="val", show_default=True, help="Which split of --data."),
+            click.option("--images", type=_FILE, help="Image folder, in place of the one in --data."),
+            click.option("--captions", type=_FILE, help="COCO captions JSON, in place of the one in --data."),
+            click.option("--questions", type=_FILE, help="VQA v2 questions JSON, in place of the one in --data."),
+            click.option("--annotations", type=_FILE, help="VQA v2 annotations JSON, in place of the one in --data."),
+            click.option(
+                "--limit", type=click.IntRange(1), help="Only the first N items; the record is then not final."
+            ),
+            click.option(
+                "--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Requests at once."
+            ),
+            click.option("--seed", type=int, default=0, show_default=True, help="Seed of the bootstrap."),
+            click.option("-o", "--output", type=_FILE, help="Where the record goes. Default: NAME-TASK.json here."),
+            click.option("--json", "as_json", is_flag=True, help="Print the record, and nothing else, on stdout."),
+        )
+    ):
+        command = decorate(command)
+    return command
+
+
+def _load_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of the latency measurement."""
+    for decorate in reversed(
+        (
+            click.option(
+                "--concurrency", type=click.IntRange(1), multiple=True, default=(1, 4), show_default=True,
+                help="Requests in flight; give it several times.",
+            ),
+            click.option("--requests", type=click.IntRange(1), default=16, show_default=True, help="Per concurrency."),
+            click.option("--warmup", type=click.IntRange(0), default=2, show_default=True, help="Waves not measured."),
+            click.option("--output-tokens", type=click.IntRange(1), default=32, show_default=True, help="Per request."),
+        )
+    ):  # fmt: skip
+        command = decorate(command)
+    return command
+
+
+@main.command()
+@_evaluation
+def vqa(**options: Any) -> None:
+    """Official VQA v2 accuracy, with baselines that need no image."""
+    _evaluate(("vqa",), options)
+
+
+@main.command()
+@_evaluation
+def caption(**options: Any) -> None:
+    """BLEU, METEOR, ROUGE-L and CIDEr of captions."""
+    _evaluate(("caption",), options)
+
+
+@main.command()
+@_evaluation
+@_load_options
+def latency(**options: Any) -> None:
+    """Time to first token, time per token and throughput."""
+    _evaluate(("latency",), options)
+
+
+@main.command(name="all")
+@_evaluation
+@_load_options
+def all_(**options: Any) -> None:
+    """VQA, captions and latency with one loaded model, in one record."""
+    _evaluate(("vqa", "caption", "latency"), options)
+
+
+@main.command()
+@click.argument("records", nargs=-1, required=True, type=_FILE)
+@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
+def table(records: tuple[Path, ...], as_json: bool) -> None:
+    """Print one comparison table of RECORDS."""
+    from nmm_serve.evals.records import load_record
+
+    _print_comparison([load_record(path) for path in records], as_json)
+
+
+@main.command()
+@click.argument("records", nargs=-1, required=True, type=_FILE)
+@click.option("-o", "--output", type=_FILE, default=Path("report.html"), show_default=True, help="The page to write.")
+@click.option("--title", default="Model comparison", show_default=True)
+def report(records: tuple[Path, ...], output: Path, title: str) -> None:
+    """Write one self-contained HTML page of RECORDS: tables, plots, sample images with predictions."""
+    from nmm_serve.evals.report import write_report
+
+    write_report(records, output, title=title)
+    note(f"Report written to {output}")
+
+
+def _evaluate(tasks: tuple[str, ...], options: dict[str, Any]) -> None:
+    from nmm_serve.engines import open_engine
+    from nmm_serve.evals.datasets import find_files
+    from nmm_serve.evals.latency import Load
+    from nmm_serve.evals.run import Options, evaluate, failures, load_data
+
+    files = find_files(
+        options["data"],
+        options["split"],
+        **{name: options[name] for name in ("images", "captions", "questions", "annotations")},
+    )
+    model, name = options["model"], options["name"]
+    load = Load()
+    if "latency" in tasks:
+        load = Load(
+            concurrencies=options["concurrency"],
+            requests=options["requests"],
+            warmup=options["warmup"],
+            output_tokens=options["output_tokens"],
+        )
+    label = "all" if len(tasks) > 1 else tasks[0]
+    out = options["output"] or Path(f"{_file_name(name or model)}-{label}.json")
+    plan = Options(
+        tasks=tasks, files=files, out=out, name=name, limit=options["limit"],
+        batch_size=options["batch_size"], seed=options["seed"], load=load,
+    )  # fmt: skip
+    data = load_data(plan)  # before the model: a wrong path should not cost the time to load one
+    engine = open_engine(model, options["engine"])
+    try:
+        with progress_bars() as bars:
+
+            def start_task(task: str, total: int) -> Callable[[int], None]:
+                bar = bars.add_task(task, total=total)
+                return lambda count: bars.advance(bar, count)
+
+            record = evaluate(engine, data, plan, start_task)
+    finally:
+        engine.close()
+    if options["as_json"]:
+        print_json(record)
+    else:
+        _print_comparison([record], as_json=False)
+    note(f"Record written to {out}")
+    failed = failures(record)
+    if failed:
+        more = f"\n  and {len(failed) - _SHOWN_FAILURES} more, all in {out}" if len(failed) > _SHOWN_FAILURES else ""
+        shown = "\n  ".join(failed[:_SHOWN_FAILURES])
+        raise ItemsFailed(f"items failed, so their tasks have no score:\n  {shown}{more}")
+
+
+def _file_name(model: str) -> str:
+    last = (
+        model.rstrip("/").rpartition("/")[2]
+        if model.startswith(("http://", "https://"))
+        else Path(model).resolve().name
+    )
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in last) or "model"
+
+
+def _print_comparison(records: list[dict[str, Any]], as_json: bool) -> None:
+    from nmm_serve.evals.table import comparison, remarks
+
+    columns, rows = comparison(records)
+    notes = remarks(records)
+    if as_json:
+        titles = [column.title for column in columns]
+        print_json({"rows": [dict(zip(titles, (c.value for c in row), strict=True)) for row in rows], "notes": notes})
+        return
+    print_table("", [column.title for column in columns], [[cell.text for cell in row] for row in rows])
+    for line in notes:
+        note(line)

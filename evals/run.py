@@ -1,0 +1,331 @@
+"""Run an evaluation: ask the engine, score, and put everything into one record.
+
+An item that failed is never scored as an answer. When any item failed, the task's numbers are null with the reason, and
+the numbers over the items that did come back stand under `answered_only`, which says over how many.
+"""
+
+import base64
+import hashlib
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nmm_serve.engines.base import Engine, Output, Request, SamplingParams
+from nmm_serve.errors import ImageError
+from nmm_serve.evals import caption, latency, vqa
+from nmm_serve.evals.datasets import CaptionSet, Files, Id, Question, VQASet, load_captions, load_vqa
+from nmm_serve.evals.latency import Load
+from nmm_serve.evals.records import Record, new_record, write_record
+from nmm_serve.images import load_image
+
+VQA_PROMPT = "{question}"
+CAPTION_PROMPT = "Describe the image."
+VQA_MAX_TOKENS = 16
+CAPTION_MAX_TOKENS = 64
+SAMPLE_IMAGES = 12
+_SAMPLE_PIXELS = 224
+
+StartTask = Callable[[str, int], Callable[[int], None]]
+"""Called with a task's name and its number of items; gives back what to call with each count of finished ones."""
+
+
+def _no_progress(_name: str, _total: int) -> Callable[[int], None]:
+    return lambda _: None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to evaluate, on what, and where the record goes."""
+
+    tasks: tuple[str, ...]
+    files: Files
+    out: Path
+    name: str | None = None
+    """How the model is called in tables; its folder's name by default."""
+    limit: int | None = None
+    batch_size: int = 64
+    """Requests handed to the engine at once; their images are all that is in memory."""
+    seed: int = 0
+    load: Load = field(default_factory=Load)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    id: Id
+    output: Output
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the tasks of an evaluation need; None or empty for a task that is not run."""
+
+    vqa: VQASet | None
+    captions: CaptionSet | None
+    latency_images: tuple[Path, ...]
+
+
+def load_data(options: Options) -> Data:
+    """Read and check everything, without a model, so that a wrong path does not cost the time to load one.
+
+    Raises DataError.
+    """
+    questions = load_vqa(options.files, options.limit) if "vqa" in options.tasks else None
+    images = load_captions(options.files, options.limit) if "caption" in options.tasks else None
+    latency_images = _latency_images(options.files, questions, images) if "latency" in options.tasks else ()
+    return Data(questions, images, latency_images)
+
+
+def evaluate(engine: Engine, data: Data, options: Options, start_task: StartTask = _no_progress) -> Record:
+    """Run the tasks, write the record to `options.out` and return it.
+
+    A request that fails does not raise but is counted and named in the record.
+    """
+    record = new_record(engine, name=options.name, seed=options.seed)
+    items: list[dict[str, Any]] = []
+    if data.vqa is not None:
+        record["tasks"]["vqa"] = _run_vqa(engine, data.vqa, options, items, start_task)
+    if data.captions is not None:
+        record["tasks"]["caption"] = _run_caption(engine, data.captions, options, items, start_task)
+    if data.latency_images:
+        progress = start_task("latency", options.load.total)
+        section = latency.measure(engine, data.latency_images, options.load, progress=progress, seed=options.seed)
+        record["tasks"]["latency"] = section
+    record["final"] = all(section.get("complete", True) for section in record["tasks"].values())
+    record["samples"] = _samples(items)
+    write_record(record, items, options.out)
+    return record
+
+
+def failures(record: Record) -> list[str]:
+    """One line per failed item of the record, naming it."""
+    lines = []
+    for task, section in record["tasks"].items():
+        for error in section.get("errors", ()):
+            lines.append(f"{task}: {error['id']}: {error['error']}")
+        for level in section.get("levels", ()):
+            if level["failed"]:
+                lines.append(
+                    f"{task}: {level['failed']} of {level['n']} requests at concurrency {level['concurrency']}: "
+                    + "; ".join(level["errors"])
+                )
+    return lines
+
+
+def ask(
+    engine: Engine,
+    samples: Iterable[tuple[Id, Path, str]],
+    max_tokens: int,
+    batch_size: int,
+    progress: Callable[[int], None],
+) -> Iterator[_Answer]:
+    """Greedy answers to (id, image file, text) in order. Only one batch of images is in memory at a time.
+
+    An image that cannot be read becomes a failed answer like a request that failed in the engine.
+    """
+    sampling = SamplingParams(max_tokens=max_tokens)
+    for batch in _batches(samples, batch_size):
+        requests: list[Request] = []
+        unreadable: dict[int, str] = {}
+        for position, (_, image_file, text) in enumerate(batch):
+            content = [{"type": "image"}, {"type": "text", "text": text}]
+            try:
+                image = load_image(image_file)
+            except ImageError as error:
+                unreadable[position] = str(error)
+                continue
+            requests.append(
+                Request(messages=[{"role": "user", "content": content}], images=(image,), sampling=sampling)
+            )
+        outputs = iter(engine.generate(requests, progress) if requests else [])
+        for position, (sample_id, _, _) in enumerate(batch):
+            if position in unreadable:
+                progress(1)
+                yield _Answer(sample_id, Output(text="", finish_reason="error", error=unreadable[position]))
+            else:
+                yield _Answer(sample_id, next(outputs))
+
+
+def _batches(samples: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    batch: list[Any] = []
+    for sample in samples:
+        batch.append(sample)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _run_vqa(
+    engine: Engine, data: VQASet, options: Options, items: list[dict[str, Any]], start_task: StartTask
+) -> dict[str, Any]:
+    progress = start_task("vqa", len(data.questions))
+    samples = ((q.question_id, q.image, VQA_PROMPT.format(question=q.text)) for q in data.questions)
+    answers = {a.id: a.output for a in ask(engine, samples, VQA_MAX_TOKENS, options.batch_size, progress)}
+    good = [q for q in data.questions if answers[q.question_id].error is None]
+    scored = vqa.score(good, {q.question_id: answers[q.question_id].text.strip() for q in good}) if good else None
+    per_question = dict(zip((q.question_id for q in good), scored.accuracies, strict=True)) if scored else {}
+    for q in data.questions:
+        output = answers[q.question_id]
+        accuracy = per_question.get(q.question_id)
+        items.append(
+            {
+                "task": "vqa",
+                "question_id": q.question_id,
+                "image_id": q.image_id,
+                "image": str(q.image),
+                "question": q.text,
+                "question_type": q.question_type,
+                "answer_type": q.answer_type,
+                "answers": list(q.answers),
+                "prediction": output.text.strip() if output.error is None else None,
+                "accuracy": None if accuracy is None else round(100 * accuracy, 2),
+                "finish_reason": output.finish_reason,
+                "error": output.error,
+            }
+        )
+    section = {
+        "definitions": vqa.DEFINITIONS,
+        "prompt": VQA_PROMPT,
+        "decoding": asdict(SamplingParams(max_tokens=VQA_MAX_TOKENS)),
+        "data": data.fingerprint,
+        "complete": data.complete,
+        "n": len(data.questions),
+        "n_total": data.total,
+        "images": len({q.image_id for q in data.questions}),
+        **_failed((q.question_id, answers[q.question_id]) for q in data.questions),
+        "cut_at_max_tokens": sum(o.finish_reason == "length" for o in answers.values()),
+        **vqa.baselines(data.questions),
+    }
+    numbers = _vqa_numbers(good, scored, options.seed) if scored else None
+    return _publish(section, numbers, ("accuracy", "interval", "exact_match", "per_question_type", "per_answer_type"))
+
+
+def _vqa_numbers(questions: Sequence[Question], scored: vqa.VQAScore, seed: int) -> dict[str, Any]:
+    official = scored.official()
+
+    def groups(name: str, field_name: str) -> dict[str, Any]:
+        members: dict[str, int] = {}
+        for q in questions:
+            members[getattr(q, field_name)] = members.get(getattr(q, field_name), 0) + 1
+        return {
+            group: {
+                "accuracy": value,
+                "n": members[group],
+                "interval": _as_dict(scored.interval(lambda q, g=group: getattr(q, field_name) == g, seed)),
+            }
+            for group, value in official[name].items()
+        }
+
+    return {
+        "accuracy": official["overall"],
+        "interval": _as_dict(scored.interval(seed=seed)),
+        "exact_match": scored.exact_match,
+        "per_question_type": groups("per_question_type", "question_type"),
+        "per_answer_type": groups("per_answer_type", "answer_type"),
+    }
+
+
+def _run_caption(
+    engine: Engine, data: CaptionSet, options: Options, items: list[dict[str, Any]], start_task: StartTask
+) -> dict[str, Any]:
+    progress = start_task("caption", len(data.images))
+    samples = ((i.image_id, i.image, CAPTION_PROMPT) for i in data.images)
+    answers = {a.id: a.output for a in ask(engine, samples, CAPTION_MAX_TOKENS, options.batch_size, progress)}
+    good = [i for i in data.images if answers[i.image_id].error is None]
+    scored = None
+    if good:
+        scored = caption.score(good, {i.image_id: answers[i.image_id].text.strip() for i in good}, seed=options.seed)
+    position = {i.image_id: index for index, i in enumerate(good)}
+    for i in data.images:
+        output = answers[i.image_id]
+        per_image = None
+        if scored is not None and i.image_id in position:
+            per_image = {name: values[position[i.image_id]] for name, values in scored.per_image.items()}
+        items.append(
+            {
+                "task": "caption",
+                "image_id": i.image_id,
+                "image": str(i.image),
+                "references": list(i.references),
+                "prediction": output.text.strip() if output.error is None else None,
+                "scores": per_image,
+                "finish_reason": output.finish_reason,
+                "error": output.error,
+            }
+        )
+    section = {
+        "definitions": caption.DEFINITIONS,
+        "prompt": CAPTION_PROMPT,
+        "decoding": asdict(SamplingParams(max_tokens=CAPTION_MAX_TOKENS)),
+        "data": data.fingerprint,
+        "complete": data.complete,
+        "n": len(data.images),
+        "n_total": data.total,
+        **_failed((i.image_id, answers[i.image_id]) for i in data.images),
+        "cut_at_max_tokens": sum(o.finish_reason == "length" for o in answers.values()),
+        "tokenizer": scored.tokenizer if scored else None,
+        "captions_outside_fallback": scored.outside_fallback if scored else None,
+    }
+    numbers = None
+    if scored is not None:
+        numbers = {
+            "metrics": scored.overall,
+            "metric_reasons": scored.reasons,
+            "intervals": {name: _as_dict(interval) for name, interval in scored.intervals.items()},
+        }
+    return _publish(section, numbers, ("metrics", "metric_reasons", "intervals"))
+
+
+def _failed(outputs: Iterable[tuple[Id, Output]]) -> dict[str, Any]:
+    errors = [{"id": sample_id, "error": output.error} for sample_id, output in outputs if output.error is not None]
+    return {"failed": len(errors), "errors": errors}
+
+
+def _publish(section: dict[str, Any], numbers: dict[str, Any] | None, keys: Sequence[str]) -> dict[str, Any]:
+    """Numbers over all items go on top. With failures they are null there, and stand apart, under their true n."""
+    failed, n = section["failed"], section["n"]
+    if not failed and numbers is not None:
+        return {**section, **numbers}
+    reason = f"{failed} of {n} items failed; a score over fewer items is not this task's score"
+    section |= dict.fromkeys(keys)
+    section["reason"] = reason
+    section["answered_only"] = None if numbers is None else {"n": n - failed, **numbers}
+    return section
+
+
+def _as_dict(interval: Any) -> dict[str, Any] | None:
+    return None if interval is None else interval.as_dict()
+
+
+def _latency_images(files: Files, questions: VQASet | None, images: CaptionSet | None) -> tuple[Path, ...]:
+    """Distinct image files in a fixed order."""
+    if images is not None:
+        paths = [i.image for i in images.images]
+    elif questions is not None:
+        paths = [q.image for q in questions.questions]
+    elif files.captions is not None:
+        paths = [i.image for i in load_captions(files).images]
+    else:
+        paths = [q.image for q in load_vqa(files).questions]
+    return tuple(dict.fromkeys(paths))
+
+
+def _samples(items: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Thumbnails of a few images as data URIs, the same images for every model, so that a report needs no other file.
+
+    The choice hangs on a hash of the image id alone: neither on the model nor on the order of the files.
+    """
+    files = {str(item["image_id"]): item["image"] for item in items if item["error"] is None}
+    chosen = sorted(files, key=lambda image_id: hashlib.sha256(image_id.encode()).digest())[:SAMPLE_IMAGES]
+    return {image_id: _thumbnail(Path(files[image_id])) for image_id in chosen}
+
+
+def _thumbnail(path: Path) -> str:
+    image = load_image(path)
+    image.thumbnail((_SAMPLE_PIXELS, _SAMPLE_PIXELS))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

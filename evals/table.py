@@ -1,0 +1,149 @@
+"""The comparison table: a row per record, columns for what the records hold. Shared by the terminal and the report."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nmm_serve.evals.records import Record
+
+MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Column:
+    """`higher_is_better` None: not a quality (a size, a name)."""
+
+    title: str
+    higher_is_better: bool | None
+    what: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """`value` sorts, `text` is shown; both empty when the record does not hold the number."""
+
+    value: float | str | None
+    text: str
+
+
+def comparison(records: Sequence[Record]) -> tuple[list[Column], list[list[Cell]]]:
+    """Columns and rows; a column that no record fills is left out."""
+    columns = _COLUMNS
+    rows = [[cell(record) for _, cell in columns] for record in records]
+    kept = [i for i in range(len(columns)) if any(row[i].value is not None for row in rows)]
+    return [columns[i][0] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
+def remarks(records: Sequence[Record]) -> list[str]:
+    """What a reader must know before setting these rows side by side."""
+    lines = []
+    for record in records:
+        name = record["model"]["name"]
+        if not record["final"]:
+            lines.append(f"{name}: not final, evaluated on part of the data (--limit)")
+        for task, section in record["tasks"].items():
+            if section.get("failed"):
+                lines.append(f"{name}: {task}: {section['failed']} of {section['n']} items failed; no score is given")
+            for metric, reason in (section.get("metric_reasons") or {}).items():
+                lines.append(f"{name}: {metric}: {reason}")
+    for task in ("vqa", "caption"):
+        seen = {
+            str(r["tasks"][task]["data"]["files"]) + str(r["tasks"][task]["n"]) for r in records if task in r["tasks"]
+        }
+        if len(seen) > 1:
+            lines.append(f"{task}: the records were made on different data; their scores cannot be compared")
+        tokenizers = {r["tasks"][task].get("tokenizer") for r in records if task in r["tasks"]}
+        if len(tokenizers) > 1:
+            lines.append(f"{task}: the records used different tokenizers; their scores cannot be compared")
+    machines = {str((r["environment"]["cpu"], r["environment"]["gpus"])) for r in records if "latency" in r["tasks"]}
+    if len(machines) > 1:
+        lines.append("latency: the records were made on different machines; their times cannot be compared")
+    return lines
+
+
+def _name(record: Record) -> Cell:
+    return Cell(record["model"]["name"], record["model"]["name"])
+
+
+def _engine(record: Record) -> Cell:
+    return Cell(record["engine"]["name"], record["engine"]["name"])
+
+
+def _parameters(record: Record) -> Cell:
+    value = record["model"]["parameters"]
+    return Cell(value, _count(value)) if value else Cell(None, MISSING)
+
+
+def _count(value: float) -> str:
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{letter}"
+    return str(value)
+
+
+def _vqa(record: Record) -> Cell:
+    section = record["tasks"].get("vqa", {})
+    value, interval = section.get("accuracy"), section.get("interval")
+    if value is None:
+        return Cell(None, "failed" if section.get("failed") else MISSING)
+    return Cell(value, f"{value:.2f}" + (f" [{interval['low']:.1f}, {interval['high']:.1f}]" if interval else ""))
+
+
+def _baseline(key: str) -> Any:
+    def cell(record: Record) -> Cell:
+        section = record["tasks"].get("vqa")
+        return Cell(section[key]["overall"], f"{section[key]['overall']:.2f}") if section else Cell(None, MISSING)
+
+    return cell
+
+
+def _metric(name: str, digits: int) -> Any:
+    def cell(record: Record) -> Cell:
+        section = record["tasks"].get("caption", {})
+        value = (section.get("metrics") or {}).get(name)
+        if value is None:
+            return Cell(None, "failed" if section.get("failed") else MISSING)
+        interval = (section.get("intervals") or {}).get(name)
+        text = f"{value:.{digits}f}"
+        if interval:
+            text += f" [{interval['low']:.{digits}f}, {interval['high']:.{digits}f}]"
+        return Cell(value, text)
+
+    return cell
+
+
+def _latency(key: str, last: bool) -> Any:
+    """Milliseconds (p50) or tokens/s at the lowest or highest concurrency."""
+
+    def cell(record: Record) -> Cell:
+        section = record["tasks"].get("latency")
+        if not section or not section["levels"]:
+            return Cell(None, MISSING)
+        pick = max if last else min
+        level = pick(section["levels"], key=lambda level: level["concurrency"])
+        value = level[key]
+        if isinstance(value, dict):
+            value = None if value.get("p50") is None else 1000 * value["p50"]
+        return Cell(None, MISSING) if value is None else Cell(value, f"{value:.1f}")
+
+    return cell
+
+
+_COLUMNS: list[tuple[Column, Any]] = [
+    (Column("model", None, "the model's name"), _name),
+    (Column("engine", None, "what ran the model"), _engine),
+    (Column("params", None, "stored weights"), _parameters),
+    (Column("VQA acc %", True, "official VQA v2 accuracy with its 95 % interval over images"), _vqa),
+    (Column("best const %", None, "the best constant answer per question type"), _baseline("best_constant")),
+    (Column("question only %", None, "the best answer per question text"), _baseline("question_only")),
+    (Column("CIDEr", True, "CIDEr-D, 0 to 10, with its 95 % interval over images"), _metric("CIDEr", 2)),
+    (Column("BLEU-4", True, "corpus BLEU-4, 0 to 1"), _metric("Bleu_4", 3)),
+    (Column("METEOR", True, "METEOR 1.5, 0 to 1"), _metric("METEOR", 3)),
+    (Column("ROUGE-L", True, "ROUGE-L, 0 to 1"), _metric("ROUGE_L", 3)),
+    (Column("TTFT ms", False, "median time to first token at the lowest concurrency"), _latency("ttft_s", False)),
+    (Column("TPOT ms", False, "median time per output token at the lowest concurrency"), _latency("tpot_s", False)),
+    (
+        Column("tok/s", True, "output tokens per second at the highest concurrency"),
+        _latency("output_tokens_per_s", True),
+    ),
+]

@@ -1,0 +1,152 @@
+"""Tokenise captions as COCO's scores do: the Stanford PTB tokenizer through Java, or a fallback without Java.
+
+Both take plain captions and give one string of space-separated tokens per caption: lower case, Penn Treebank rules,
+with COCO's list of punctuation removed.
+"""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from nmm_serve.errors import EngineError, NMMError
+
+JAVA_HINT = "install Java (Debian, Ubuntu: apt install default-jre-headless) for the exact tokenizer and METEOR"
+_TIMEOUT_S = 600
+
+
+class Tokenizer(Protocol):
+    name: str
+    """Goes into the record: scores under another tokenizer are other scores."""
+
+    def tokenize(self, captions: Sequence[str]) -> list[str]: ...
+
+
+def find_java() -> str | None:
+    """Path of a `java` that runs, or None."""
+    java = shutil.which("java")
+    if java is None:
+        return None
+    try:
+        subprocess.run([java, "-version"], capture_output=True, check=True, timeout=60, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.SubprocessError):
+        return None  # a stub, or a broken installation: as good as none
+    return java
+
+
+def open_tokenizer() -> Tokenizer:
+    """The PTB tokenizer where Java runs, else the fallback."""
+    java = find_java()
+    return PTBTokenizer(java) if java else FallbackTokenizer()
+
+
+def clean(caption: str) -> str:
+    """One line, single spaces. A `\\r`, U+2028, VT or FF inside a caption would shift all later ones by a line."""
+    return " ".join(caption.split())
+
+
+class PTBTokenizer:
+    """The tokenizer of COCO's caption scores: Stanford CoreNLP's PTBTokenizer from the jar that pycocoevalcap bundles.
+
+    pycocoevalcap's own wrapper writes its temporary file into the installed package, reads text in the locale's
+    encoding, and pairs lines with captions without counting them. So the jar is run here: text goes in through stdin.
+    """
+
+    name = "PTBTokenizer (Stanford CoreNLP 3.4.1)"
+
+    def __init__(self, java: str) -> None:
+        self._java = java
+
+    def tokenize(self, captions: Sequence[str]) -> list[str]:
+        """Raises EngineError when Java fails or answers with another number of lines."""
+        if not captions:
+            return []
+        jar, removed = _ptb_jar()
+        command = [self._java, "-Dfile.encoding=UTF-8", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
+        command += ["-preserveLines", "-lowerCase", "-encoding", "UTF-8"]
+        text = "".join(clean(caption) + "\n" for caption in captions)
+        try:
+            done = subprocess.run(command, input=text.encode(), capture_output=True, check=True, timeout=_TIMEOUT_S)
+        except subprocess.CalledProcessError as error:
+            last = (error.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
+            raise EngineError(f"Java's PTBTokenizer failed with exit status {error.returncode}: {last}") from None
+        except subprocess.TimeoutExpired:
+            raise EngineError(f"Java's PTBTokenizer did not finish within {_TIMEOUT_S} s and was stopped") from None
+        # Not splitlines(): a token may hold a character that Python counts as a line break.
+        lines = done.stdout.decode().split("\n")
+        if lines[-1] == "":
+            lines.pop()
+        if len(lines) != len(captions):
+            raise EngineError(f"Java's PTBTokenizer gave {len(lines)} lines for {len(captions)} captions")
+        return [_without(removed, line.rstrip().split(" ")) for line in lines]
+
+
+def _ptb_jar() -> tuple[Path, frozenset[str]]:
+    """The jar and the list of punctuation to remove, both from pycocoevalcap."""
+    try:
+        from pycocoevalcap.tokenizer import ptbtokenizer
+    except ImportError:
+        raise NMMError("caption scores need pycocoevalcap; pip install 'nmm-serve[evals]'") from None
+    jar = Path(ptbtokenizer.__file__).parent / ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR
+    return jar, frozenset(ptbtokenizer.PUNCTUATIONS)
+
+
+def _without(removed: frozenset[str], tokens: Sequence[str]) -> str:
+    return " ".join(token for token in tokens if token not in removed)
+
+
+class FallbackTokenizer:
+    """The same rules for everyday captions in Python, for machines without Java.
+
+    Equal to PTBTokenizer on words, contractions, possessives, hyphens, numbers, quotes, brackets and the usual marks;
+    `covers` says whether a caption consists of these only. Outside (addresses, emoticons, fractions, rare
+    abbreviations) it follows the general rules and may differ.
+    """
+
+    name = "Python fallback for PTBTokenizer"
+
+    def tokenize(self, captions: Sequence[str]) -> list[str]:
+        return [" ".join(t for word in clean(c).split(" ") for t in _tokens(word)) for c in captions]
+
+    def covers(self, caption: str) -> bool:
+        """Is the caption inside the range on which the fallback is proven equal to PTBTokenizer?"""
+        return all(_COVERED.fullmatch(word) and not _UNSURE.search(word) for word in caption.split())
+
+
+# Split before these: possessive, clitics, and n't (which takes its n along).
+_CLITIC = re.compile(r"(?i)(?<=[a-z])(?=(?:n't|'(?:s|d|m|ll|re|ve))\b)")
+_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+_PAIRS = {
+    "cannot": "can not",
+    "gonna": "gon na",
+    "wanna": "wan na",
+    "gotta": "got ta",
+    "lemme": "lem me",
+    "gimme": "gim me",
+}
+_ABBREVIATIONS = frozenset(
+    ["mr", "mrs", "ms", "dr", "st", "jr", "sr", "prof", "inc", "co", "corp", "ltd", "etc", "vs", "no"]
+)
+_TOKEN = re.compile(
+    r"[$#%&]"
+    r"|\d+(?:[.,:/-]\d+)*(?:st|nd|rd|th|s)?"
+    r"|[A-Za-z0-9]+(?:['-][A-Za-z0-9]+)*"
+    r"|[()\[\]{}]"
+    r"|[!?]+"
+    r"|\S"
+)
+_REMOVED = frozenset(["'", '"', ".", "?", "!", ",", ":", "-", ";", "`"])
+_COVERED = re.compile(r"[A-Za-z]+[.,]?")
+_UNSURE = re.compile(r"(?i)\b(?:[a-z]|[a-z]+)\.(?=.)")
+
+
+def _tokens(word: str) -> list[str]:
+    out: list[str] = []
+    for match in _TOKEN.finditer(word):
+        token = match.group().lower()
+        for part in _CLITIC.sub(" ", token).split(" "):
+            if part not in _REMOVED and part:
+                out.extend(_PAIRS.get(part, _BRACKETS.get(part, part)).split(" "))
+    return out
