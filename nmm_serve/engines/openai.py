@@ -1,0 +1,426 @@
+"""Any OpenAI-compatible server as an engine: ours, a plain vLLM, or someone else's.
+
+Two things go beyond the OpenAI API and are used only where the server says that it is vLLM: token ids in the answer,
+and the log-probabilities of a prompt's tokens.
+"""
+
+import base64
+import io
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from PIL import Image
+
+from nmm_serve.engines.base import Output, Progress, Request, SamplingParams, Score, ScoreRequest, Timing
+from nmm_serve.errors import ConfigError, EngineError, ImageError, PromptError, unknown_name
+from nmm_serve.images import load_image
+
+FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0
+RETRIED_STATUS = {408, 409, 425, 429}
+"""Beside every 5xx: too slow, conflict, too early, too many."""
+
+T = TypeVar("T")
+
+
+class OpenAIEngine:
+    """Requests go out in parallel and are streamed, so that the arrival of each token can be seen.
+
+    Timings count from the moment the request is sent, its images already encoded; they include retries.
+
+    Args:
+        model: the server's URL. Without a path, `/v1` is meant.
+        api_key: default: the environment variable OPENAI_API_KEY.
+        served_model: which of the server's models. May be left out where it serves only one.
+        concurrency: requests in flight at most.
+        timeout: seconds without a sign of life after which a request is tried again.
+        max_retries: how often a request is tried again after 408, 409, 425, 429, 5xx, a timeout or a broken connection.
+
+    Raises EngineError when the server cannot be reached, refuses the key, or does not have the model.
+    """
+
+    name = "openai"
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        api_key: str | None = None,
+        served_model: str | None = None,
+        concurrency: int = 64,
+        timeout: float = 600.0,
+        max_retries: int = 5,
+    ):
+        try:
+            import openai
+        except ImportError:
+            raise EngineError(
+                "the openai package is not installed; install it with: pip install 'nmm-serve[evals]'"
+            ) from None
+        if concurrency < 1:
+            raise ConfigError(f"concurrency must be at least 1, not {concurrency}")
+        self.model = model
+        self.concurrency, self.timeout, self.max_retries = concurrency, timeout, max_retries
+        self.openai = openai
+        self.client = openai.OpenAI(
+            base_url=base_url(model),
+            api_key=api_key or os.environ.get("OPENAI_API_KEY") or "none",
+            timeout=timeout,
+            max_retries=0,  # a stream that breaks half-way has to be tried again too, so all of it is done here
+        )
+        self.stopping = threading.Event()
+        card = self._find_model(served_model)
+        self.served_model: str = card["id"]
+        self.is_vllm = card.get("owned_by") == "vllm"
+        self.context_length: int | None = card.get("max_model_len")
+
+    def __enter__(self) -> "OpenAIEngine":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.client.close()
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "engine": self.name,
+            "url": str(self.client.base_url),
+            "served_model": self.served_model,
+            "server": f"vllm {self._vllm_version()}" if self.is_vllm else None,
+            "openai": self.openai.__version__,
+            "concurrency": self.concurrency,
+        }
+
+    def generate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Output]:
+        return self._in_parallel(self._answer, requests, progress)
+
+    def loglikelihood(self, requests: Sequence[ScoreRequest], progress: Progress | None = None) -> list[Score]:
+        """Raises EngineError for a context with images (the completions API takes none) and for a server that does
+        not give the log-probabilities of a prompt."""
+        for request in requests:
+            if request.images:
+                raise EngineError(
+                    "a server cannot score a raw context with images; use the checkpoint with engine torch or vllm"
+                )
+            if not request.continuation:
+                raise PromptError("an empty continuation has no likelihood")
+        return self._in_parallel(self._score, requests, progress)
+
+    # ---- requests
+
+    def _in_parallel(self, work: Callable[[Any], T], items: Sequence[Any], progress: Progress | None) -> list[T]:
+        pool = ThreadPoolExecutor(min(self.concurrency, len(items)) or 1, thread_name_prefix="openai-engine")
+        try:
+            futures: list[Future[T]] = [pool.submit(work, item) for item in items]
+            for done in as_completed(futures):
+                done.result()  # an unexpected error ends the whole call
+                if progress:
+                    progress(1)
+            return [future.result() for future in futures]
+        except BaseException:
+            self.stopping.set()  # no thread starts another attempt
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+            self.stopping.clear()
+
+    def _answer(self, request: Request) -> Output:
+        try:
+            endpoint, body = self._body(request)
+            begin = time.perf_counter()
+            return self._persist(lambda: self._stream(endpoint, body, begin))
+        except (PromptError, ImageError, EngineError) as error:
+            return Output(text="", finish_reason="error", error=str(error))
+
+    def _body(self, request: Request) -> tuple[str, dict[str, Any]]:
+        """Endpoint and request body. Raises PromptError or ImageError for what cannot be sent."""
+        body: dict[str, Any] = {"model": self.served_model, "stream": True, "stream_options": {"include_usage": True}}
+        body |= self._sampling(request.sampling, chat=request.messages is not None)
+        if request.messages is not None:
+            return "chat", body | {"messages": with_images(request.messages, request.images)}
+        if request.images:
+            raise PromptError("a server takes images only in chat messages, not in a raw prompt; use messages")
+        return "completions", body | {"prompt": request.prompt}
+
+    def _sampling(self, params: SamplingParams, chat: bool) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "max_tokens": params.max_tokens,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+        }
+        if params.seed is not None:
+            body["seed"] = params.seed
+        if params.stop:
+            body["stop"] = list(params.stop)
+        if params.logprobs:
+            body["logprobs"] = True if chat else 1
+        if params.ignore_eos and not self.is_vllm:
+            raise PromptError(f"ignore_eos is vLLM's own option, and {self.model} is not a vLLM server")
+        if self.is_vllm:
+            body["extra_body"] = {"return_token_ids": True, "ignore_eos": params.ignore_eos}
+        return body
+
+    def _stream(self, endpoint: str, body: dict[str, Any], begin: float) -> Output:
+        create: Any = self.client.chat.completions.create if endpoint == "chat" else self.client.completions.create
+        answer = Answer()
+        with create(**body) as stream:
+            for chunk in self._chunks(stream):
+                answer.add(chunk, time.perf_counter() - begin)
+        if answer.finish_reason is None:
+            raise Retry("the stream ended early")
+        return answer.output(time.perf_counter() - begin)
+
+    def _chunks(self, stream: Any) -> Iterator[Any]:
+        """The client lets transport and JSON errors of a running stream through as they are."""
+        chunks = iter(stream)
+        while True:
+            try:
+                chunk = next(chunks)
+            except StopIteration:
+                return
+            except self.openai.OpenAIError:
+                raise
+            except Exception as error:
+                raise Retry(f"the stream broke ({type(error).__name__})") from error
+            if not hasattr(chunk, "choices"):
+                raise Retry("the stream holds something that is not a completion")
+            yield chunk
+
+    # ---- scores
+
+    def _score(self, request: ScoreRequest) -> Score:
+        return self._persist(lambda: self._score_vllm(request) if self.is_vllm else self._score_echo(request))
+
+    def _score_vllm(self, request: ScoreRequest) -> Score:
+        context, target = self._tokenize(request.context, True), self._tokenize(request.continuation, False)
+        response = self.client.completions.create(
+            model=self.served_model,
+            prompt=context + target,
+            max_tokens=1,
+            temperature=0,
+            extra_body={"prompt_logprobs": 0},
+        )
+        entries: Any = getattr(response.choices[0], "prompt_logprobs", None)
+        if not entries or len(entries) != len(context) + len(target):
+            raise EngineError(f"{self.model} gave no log-probabilities of the prompt")
+        scored = [entry[str(token)] for entry, token in zip(entries[len(context) :], target, strict=True)]
+        return Score(
+            logprob=sum(entry["logprob"] for entry in scored),
+            is_greedy=all(entry["rank"] == 1 for entry in scored),
+            num_tokens=len(target),
+        )
+
+    def _tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
+        root = self.client.with_options(base_url=str(self.client.base_url).removesuffix("/").removesuffix("/v1"))
+        body = {"model": self.served_model, "prompt": text, "add_special_tokens": add_special_tokens}
+        response: Any = root.post("/tokenize", body=body, cast_to=object)
+        return response["tokens"]
+
+    def _score_echo(self, request: ScoreRequest) -> Score:
+        """The way of the old completions API: the prompt is echoed with its log-probabilities."""
+        response = self.client.completions.create(
+            model=self.served_model,
+            prompt=request.context + request.continuation,
+            max_tokens=0,
+            temperature=0,
+            echo=True,
+            logprobs=1,
+        )
+        found = response.choices[0].logprobs
+        if not found or not found.text_offset or not found.token_logprobs or not found.tokens:
+            raise EngineError(f"{self.model} does not echo the log-probabilities of a prompt, so it cannot score text")
+        boundary = len(request.context)
+        if boundary not in found.text_offset:
+            raise EngineError(
+                f"a token of {self.model} reaches over the end of the context {request.context[-20:]!r}, "
+                "so the continuation has no score of its own"
+            )
+        first = found.text_offset.index(boundary)
+        logprobs = found.token_logprobs[first:]
+        best = [max(top.values()) for top in (found.top_logprobs or [])[first:]]
+        return Score(
+            logprob=sum(logprobs),
+            is_greedy=len(best) == len(logprobs) and all(lp >= b for lp, b in zip(logprobs, best, strict=True)),
+            num_tokens=len(logprobs),
+        )
+
+    # ---- the server
+
+    def _find_model(self, wanted: str | None) -> dict[str, Any]:
+        try:
+            cards = [card.model_dump() for card in self._persist(self.client.models.list).data]
+        except NotFound:
+            if wanted is None:
+                raise EngineError(
+                    f"{self.model} is no OpenAI-compatible server: it has no {base_url(self.model)}/models"
+                ) from None
+            return {"id": wanted}
+        names = [card["id"] for card in cards]
+        if wanted is None:
+            if len(names) != 1:
+                raise EngineError(f"{self.model} serves {len(names)} models, name one of them: {', '.join(names)}")
+            return cards[0]
+        if wanted not in names:
+            raise EngineError(f"{self.model}: {unknown_name('model', wanted, names)}")
+        return cards[names.index(wanted)]
+
+    def _vllm_version(self) -> str:
+        root = self.client.with_options(base_url=str(self.client.base_url).removesuffix("/").removesuffix("/v1"))
+        try:
+            response: Any = root.get("/version", cast_to=object)
+            return response["version"]
+        except (self.openai.OpenAIError, KeyError, TypeError):
+            return "(version not told)"
+
+    def _persist(self, attempt: Callable[[], T]) -> T:
+        """Try until it works, the server refuses for good, or the retries are used up.
+
+        Raises EngineError; its message is the server's.
+        """
+        openai, tries = self.openai, self.max_retries + 1
+        for attempt_number in range(tries):
+            wait = None
+            try:
+                return attempt()
+            except Retry as error:
+                reason = str(error)
+            except openai.APITimeoutError:
+                reason = f"no answer within {self.timeout:g} s"
+            except openai.APIConnectionError as error:
+                reason = f"cannot connect ({type(error.__cause__ or error).__name__})"
+            except openai.APIStatusError as error:
+                reason = f"HTTP {error.status_code}: {server_message(error)}"
+                if error.status_code == 404:
+                    raise NotFound(f"{self.model}: {reason}") from error
+                if error.status_code < 500 and error.status_code not in RETRIED_STATUS:
+                    hint = "; give the server's API key" if error.status_code in (401, 403) else ""
+                    raise EngineError(f"{self.model}: {reason}{hint}") from error
+                wait = retry_after(error)
+            except openai.APIError as error:  # an error event within a stream, or an answer that is no JSON
+                reason = server_message(error)
+            except (ValueError, TypeError, KeyError, IndexError) as error:
+                reason = f"the answer is not in OpenAI's shape ({type(error).__name__})"
+            if attempt_number + 1 < tries:
+                backoff = min(FIRST_DELAY_S * 2**attempt_number, LONGEST_DELAY_S) * random.uniform(0.5, 1.0)
+                if self.stopping.wait(min(max(backoff, wait or 0.0), 2 * LONGEST_DELAY_S)):
+                    break
+        raise EngineError(f"{self.model}: {reason}; gave up after {attempt_number + 1} attempts")
+
+
+class Retry(Exception):
+    """An answer that another attempt may mend."""
+
+
+class NotFound(EngineError):
+    """404: no such path, or no such model."""
+
+
+@dataclass
+class Answer:
+    """One streamed answer on its way."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    token_s: list[float] = field(default_factory=list)
+    finish_reason: str | None = None
+    usage: Any = None
+
+    def add(self, chunk: Any, now: float) -> None:
+        self.usage = getattr(chunk, "usage", None) or self.usage
+        if not chunk.choices:
+            return
+        choice = chunk.choices[0]
+        piece = (choice.delta.content if hasattr(choice, "delta") else choice.text) or ""
+        ids = getattr(choice, "token_ids", None) or []
+        self.text += piece
+        self.token_ids += ids
+        self.token_s += [now] * (len(ids) or bool(piece))
+        self.logprobs += chosen_logprobs(choice.logprobs)
+        self.finish_reason = choice.finish_reason or self.finish_reason
+
+    def output(self, e2e_s: float) -> Output:
+        if self.finish_reason not in ("stop", "length"):
+            return Output(text="", finish_reason="error", error=f"the server ended with {self.finish_reason!r}")
+        return Output(
+            text=self.text,
+            token_ids=tuple(self.token_ids),
+            finish_reason=self.finish_reason,
+            num_prompt_tokens=self.usage.prompt_tokens if self.usage else 0,
+            num_tokens=self.usage.completion_tokens if self.usage else len(self.token_s),
+            logprobs=tuple(self.logprobs) or None,
+            timing=Timing(ttft_s=self.token_s[0] if self.token_s else None, e2e_s=e2e_s, token_s=tuple(self.token_s)),
+        )
+
+
+def chosen_logprobs(logprobs: Any) -> list[float]:
+    """Chat answers carry a list of entries, completions parallel lists."""
+    if logprobs is None:
+        return []
+    if getattr(logprobs, "content", None):
+        return [entry.logprob for entry in logprobs.content]
+    return list(getattr(logprobs, "token_logprobs", None) or [])
+
+
+def base_url(url: str) -> str:
+    """`http://host:8000` means `http://host:8000/v1`; a URL with a path is taken as it is."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"{url!r} is not a server's URL; expected something like http://127.0.0.1:8000")
+    if parts.username or parts.password:
+        raise ConfigError("a URL with a password in it would end up in records; use the API key instead")
+    return url.rstrip("/") + ("/v1" if parts.path in ("", "/") else "")
+
+
+def with_images(messages: Sequence[dict[str, Any]], images: Sequence[Image.Image]) -> list[dict[str, Any]]:
+    """Put the images where the messages say, as data URLs. Raises PromptError when their numbers differ."""
+    slots = 0
+    filled = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list):
+            parts = []
+            for part in content:
+                if part.get("type") == "image":
+                    if slots < len(images):
+                        part = {"type": "image_url", "image_url": {"url": data_url(images[slots])}}
+                    slots += 1
+                parts.append(part)
+            content = parts
+        filled.append({**message, "content": content})
+    if slots != len(images):
+        raise PromptError(
+            f"the prompt has {slots} image places but {len(images)} images were given; give one image for each"
+        )
+    return filled
+
+
+def data_url(image: Image.Image) -> str:
+    """PNG, which loses nothing; upright RGB, so that every server sees what our own engines see."""
+    buffer = io.BytesIO()
+    load_image(image).save(buffer, "PNG", compress_level=1)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def server_message(error: Any) -> str:
+    """The first line of what the server says went wrong."""
+    body = getattr(error, "body", None)
+    message = body.get("message") if isinstance(body, dict) else None
+    lines = str(message or getattr(error, "message", "") or error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def retry_after(error: Any) -> float | None:
+    """Seconds that the server asks to wait; None when it does not say, or gives a date."""
+    try:
+        return max(0.0, float(error.response.headers["retry-after"]))
+    except (KeyError, ValueError):
+        return None
