@@ -1,0 +1,160 @@
+"""What a picture of the built-in data shows: a list of objects on a background, drawn from a seed."""
+
+import random
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from nmm_serve.errors import DataError, unknown_name
+from nmm_serve.train.data.builtin import digits
+from nmm_serve.train.data.builtin.words import CELLS, COLORS, KINDS, SIZES
+
+SPLITS = ("train", "val", "test")
+IMAGE_SIZE = 64  # pixels, both sides
+# Side of an object's square box in pixels. Much larger, and five large objects would find no room.
+EXTENT = {"small": 14, "large": 20}
+# Centres stay clear of the lines between the thirds of the image, so that every object has one plain place.
+BANDS = ((8, 19), (25, 39), (45, 56))
+# "left of" and "above" are only said of centres at least this far apart (pixels): one patch of 8 x 8.
+CLEARLY_APART = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Object:
+    """One thing in a scene. `x`, `y`: centre in pixels. `digit`, `glyph`: the value of a handwritten digit and which
+    image of `digits.images()` shows it; None for shapes."""
+
+    kind: str
+    color: str
+    size: str
+    x: int
+    y: int
+    digit: int | None = None
+    glyph: int | None = None
+
+    @property
+    def extent(self) -> int:
+        return EXTENT[self.size]
+
+    @property
+    def cell(self) -> str:
+        return CELLS[_band(self.y) * 3 + _band(self.x)]
+
+    @property
+    def noun(self) -> str:
+        """What a person would call it: "circle", or the digit that is written."""
+        return self.kind if self.digit is None else str(self.digit)
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """Objects in reading order, and the seed of everything that carries no meaning (background, noise, tint)."""
+
+    objects: tuple[Object, ...]
+    background: int
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """The counting question that a scene was made for. `value` is a kind, a color, a size, or None for all objects."""
+
+    value: str | None
+    answer: int
+
+
+def stream(name: str, split: str, index: int, seed: int) -> random.Random:
+    """The random stream of one example: its own for every (name, split, index, seed)."""
+    if split not in SPLITS:
+        raise DataError(unknown_name("split of the built-in data", split, SPLITS))
+    if index < 0:
+        raise DataError(f"index {index} of the built-in data is negative; expected 0 or more")
+    return random.Random(f"builtin/{name}/{split}/{index}/{seed}")
+
+
+def in_split(fingerprint: str, split: str) -> bool:
+    """Whether `split` owns the content that `fingerprint` describes: an eighth each for val and test, the rest train.
+
+    Streams with other seeds can meet by chance. Letting the content decide where it belongs makes
+    the splits disjoint whatever the seeds are.
+    """
+    slot = zlib.crc32(fingerprint.encode()) % 8
+    return split == ("val", "test")[slot] if slot < 2 else split == "train"
+
+
+def sample_scene(rng: random.Random, split: str) -> tuple[Scene, Count]:
+    """A scene of 1 to 5 objects, and the counting question whose answer was drawn before the scene was."""
+    if rng.random() < 0.25:
+        count = Count(None, rng.randint(1, 5))
+        traits = [_draw_traits(rng) for _ in range(count.answer)]
+    else:
+        choices = rng.choices((KINDS, COLORS, SIZES), weights=(4, 4, 2))[0]
+        value = rng.choice(choices)
+        count = Count(value, rng.randint(0, 4))
+        traits = _traits_with(rng, choices, value, count.answer)
+    return Scene(place(rng, split, traits), rng.getrandbits(32)), count
+
+
+def place(rng: random.Random, split: str, traits: list[tuple[str, str, str]]) -> tuple[Object, ...]:
+    """Objects with the given (kind, color, size), at places and with digits that belong to `split`."""
+    pools = digits.pools(split)
+    while True:
+        centres = _draw_centres(rng, [EXTENT[size] for _, _, size in traits])
+        # Distinct values keep "the 7" one thing.
+        values = rng.sample(range(10), len(traits))
+        objects = []
+        for (kind, color, size), (x, y), value in zip(traits, centres, values, strict=True):
+            if kind == "digit":
+                objects.append(Object(kind, color, size, x, y, value, rng.choice(pools[value])))
+            else:
+                objects.append(Object(kind, color, size, x, y))
+        objects.sort(key=lambda o: (_band(o.y), _band(o.x)))
+        if in_split(layout(objects), split):
+            return tuple(objects)
+
+
+def layout(objects: Iterable[Object]) -> str:
+    """Everything of a scene that carries meaning, as the fingerprint for `in_split`."""
+    return " ".join(f"{o.noun} {o.color} {o.size} {o.x} {o.y}" for o in objects)
+
+
+def _draw_traits(rng: random.Random) -> tuple[str, str, str]:
+    return rng.choice(KINDS), rng.choice(COLORS), rng.choice(SIZES)
+
+
+def _traits_with(rng: random.Random, choices: tuple[str, ...], value: str, number: int) -> list[tuple[str, str, str]]:
+    """Traits of `number` objects with `value`, one of `choices`, and of a random number of others without."""
+    others = [v for v in choices if v != value]
+    slot = (KINDS, COLORS, SIZES).index(choices)
+    traits = []
+    for i in range(rng.randint(max(1, number), 5)):
+        drawn = list(_draw_traits(rng))
+        drawn[slot] = value if i < number else rng.choice(others)
+        traits.append((drawn[0], drawn[1], drawn[2]))
+    rng.shuffle(traits)
+    return traits
+
+
+def _draw_centres(rng: random.Random, extents: list[int]) -> list[tuple[int, int]]:
+    """Centres in distinct cells whose boxes lie inside the image, at least a pixel apart."""
+    while True:
+        placed: list[tuple[int, int, int]] = []
+        for cell, side in zip(rng.sample(range(9), len(extents)), extents, strict=True):
+            for _ in range(8):
+                x, y = (_draw_in_band(rng, band, side) for band in (cell % 3, cell // 3))
+                if all(max(abs(x - px), abs(y - py)) > (side + ps) // 2 for px, py, ps in placed):
+                    placed.append((x, y, side))
+                    break
+            else:
+                break
+        if len(placed) == len(extents):
+            return [(x, y) for x, y, _ in placed]
+
+
+def _draw_in_band(rng: random.Random, band: int, side: int) -> int:
+    low, high = BANDS[band]
+    half = side // 2 + 1
+    return rng.randint(max(low, half), min(high, IMAGE_SIZE - half))
+
+
+def _band(centre: int) -> int:
+    return centre * 3 // IMAGE_SIZE
