@@ -1,0 +1,97 @@
+"""Images on their way into vLLM: our image processor, and the tokens that stand for an image in the prompt."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers.feature_extraction_utils import BatchFeature
+from vllm.config.multimodal import MultiModalDummyOptions
+from vllm.exceptions import VLLMValidationError
+from vllm.inputs import MultiModalDataDict
+from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
+from vllm.multimodal.parse import MultiModalDataItems
+from vllm.multimodal.processing import (
+    BaseDummyInputsBuilder,
+    BaseMultiModalProcessor,
+    BaseProcessingInfo,
+    PromptReplacement,
+    PromptUpdate,
+    PromptUpdateDetails,
+)
+
+from nmm_serve.chat import IMAGE
+from nmm_serve.config import NMMConfig
+from nmm_serve.errors import NMMError
+from nmm_serve.processor import NMMProcessor
+
+
+class NMMProcessingInfo(BaseProcessingInfo):
+    def get_hf_config(self) -> NMMConfig:
+        return self.ctx.get_hf_config(NMMConfig)
+
+    def get_hf_processor(self, **kwargs: object) -> NMMProcessor:
+        """A client's `mm_processor_kwargs` would feed the model images of a size it was not trained on: refused."""
+        if kwargs:
+            raise VLLMValidationError(f"this model takes no mm_processor_kwargs, but got {sorted(kwargs)}")
+        return self.ctx.get_hf_processor(NMMProcessor)
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        return {"image": None}
+
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
+        return {"image": self.get_hf_config().max_image_tokens}
+
+
+class NMMDummyInputsBuilder(BaseDummyInputsBuilder[NMMProcessingInfo]):
+    def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
+        return IMAGE * mm_counts.get("image", 0)
+
+    def get_dummy_mm_data(
+        self, seq_len: int, mm_counts: Mapping[str, int], mm_options: MultiModalDummyOptions
+    ) -> MultiModalDataDict:
+        size = self.info.get_hf_config().image_size
+        images = self._get_dummy_images(width=size, height=size, num_images=mm_counts.get("image", 0))
+        return {"image": images}
+
+
+class NMMMultiModalProcessor(BaseMultiModalProcessor[NMMProcessingInfo]):
+    def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> BatchFeature:
+        processor = self.info.get_hf_processor(**hf_kwargs)
+        try:
+            return processor.image_processor.preprocess(hf_data["images"], return_tensors="pt")
+        except NMMError as error:
+            raise VLLMValidationError(str(error)) from error
+
+    def _get_mm_fields_config(
+        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        grid_I2 = hf_inputs.get("image_grid", torch.empty((0, 2), dtype=torch.long))
+        return {
+            "pixel_values": MultiModalFieldConfig.flat_from_sizes("image", grid_I2.prod(-1)),
+            "image_grid": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
+        }
+
+    def _get_prompt_updates(
+        self,
+        mm_items: MultiModalDataItems,
+        hf_processor_mm_kwargs: Mapping[str, object],
+        out_mm_kwargs: MultiModalKwargsItems,
+    ) -> Sequence[PromptUpdate]:
+        processor = self.info.get_hf_processor()
+        mark = processor.image_token_id
+
+        def image_tokens(index: int) -> PromptUpdateDetails:
+            grid_2: Any = out_mm_kwargs["image"][index]["image_grid"].data
+            return PromptUpdateDetails.select_token_id(processor.image_ids(int(grid_2.prod())), mark)
+
+        return [PromptReplacement(modality="image", target=[mark], replacement=image_tokens)]
+
+    def _maybe_apply_prompt_updates(self, mm_items, mm_res):
+        """vLLM leaves surplus image tokens in the prompt without a word, and fails an assertion on missing ones."""
+        num_marks = mm_res.prompt_ids.count(self.info.get_hf_processor().image_token_id)
+        num_images = mm_items.get_count("image", strict=False)
+        if num_marks != num_images:
+            raise VLLMValidationError(
+                f"the prompt has {num_marks} {IMAGE} marks but {num_images} images were given; give one for each"
+            )
+        return super()._maybe_apply_prompt_updates(mm_items, mm_res)

@@ -1,0 +1,46 @@
+"""vLLM settings that our models cannot do without. vLLM calls these hooks while it builds its configuration."""
+
+from vllm.config import ModelConfig, VllmConfig
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from nmm_serve.vllm_plugin import TOKENIZER_MODE
+
+SCHEDULER = "nmm_serve.vllm_plugin.scheduler.create_scheduler"
+
+
+class NMMSettings(VerifyAndUpdateConfig):
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        if model_config.tokenizer_mode == "auto":
+            model_config.tokenizer_mode = TOKENIZER_MODE
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Patches of one image attend to each other, so an image must be computed in one step.
+
+        vLLM forces this on GPUs only and not in every case (see `scheduler`); elsewhere it would give wrong answers
+        without a word.
+
+        Raises ValueError for settings under which some image could never be scheduled.
+        """
+        model_config, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+        if not model_config.is_mm_prefix_lm:
+            return  # text only, by --limit-mm-per-prompt
+        if scheduler.scheduler_cls not in (None, SCHEDULER):
+            raise ValueError(
+                f"--scheduler-cls {scheduler.scheduler_cls} cannot be used with this model: images need a scheduler "
+                "that never splits them"
+            )
+        scheduler.disable_chunked_mm_input = True
+        scheduler.scheduler_cls = SCHEDULER
+        image_tokens = model_config.hf_config.max_image_tokens + 2  # its start and end token
+        limits = {
+            "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+            "long_prefill_token_threshold": scheduler.long_prefill_token_threshold or image_tokens,
+        }
+        for name, limit in limits.items():
+            if limit < image_tokens:
+                raise ValueError(
+                    f"{name} is {limit}, but an image of this model takes up to {image_tokens} tokens and is never "
+                    f"split; set it to {image_tokens} or more"
+                )
