@@ -69,7 +69,7 @@ def _told_in_turn(rng: random.Random, split: str) -> list[str | Image.Image]:
     sizes = [len(s.objects) for s in scenes]
     most = [order for order, n in zip(ORDER, sizes, strict=False) if n == max(sizes)]
     told = join([f"the {order} picture has {count_noun(n, 'object')}" for order, n in zip(ORDER, sizes, strict=False)])
-    end = f"the {most[0]} picture has the most" if len(most) == 1 else f"the {join(most)} pictures have the same number"
+    end = f"the {most[0]} picture has the most" if len(most) == 1 else f"the {join(most)} pictures have the most"
     return [*document, f"{sentence(told)} {sentence(end)}"]
 
 

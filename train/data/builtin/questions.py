@@ -19,7 +19,7 @@ from nmm_serve.train.data.builtin.words import CELLS, COLORS, KINDS, SHAPES, SIZ
 FAMILIES = ("recognition", "counting", "relation", "comparison")
 PER_IMAGE = 6
 # Which families an image's questions come from, in the order in which they are tried.
-PLAN = ("counting", "recognition", "relation", "comparison", "recognition", "relation", "comparison")
+PLAN = ("counting", "recognition", "relation", "comparison", "recognition", "comparison", "relation")
 THRESHOLDS = range(2, 7)
 
 
@@ -37,13 +37,18 @@ Ask = Callable[[Names, random.Random], tuple[str, str] | None]
 def questions(scene: Scene, count: Count, rng: random.Random) -> list[Question]:
     """About six different questions, each with one right answer."""
     names = Names(scene)
-    asks = {family: rng.sample(kinds, len(kinds)) for family, kinds in ASKS.items()}
+    asks = {family: _weighted_order(weights, rng) for family, weights in ASKS.items()}
     out = [Question(*_ask_count(count, rng), "number", "counting")]
     for family in PLAN[1:]:
         _ask_one(out, family, asks, names, rng)
     while len(out) < PER_IMAGE and _ask_one(out, "recognition", asks, names, rng):
         pass
     return out[:PER_IMAGE]
+
+
+def _weighted_order(weights: dict[Ask, float], rng: random.Random) -> list[Ask]:
+    """A random order in which the heavy tend to come last, where `_ask_one` takes from."""
+    return sorted(weights, key=lambda ask: rng.random() ** (1 / weights[ask]))
 
 
 def _ask_one(out: list[Question], family: str, asks: dict[str, list[Ask]], names: Names, rng: random.Random) -> bool:
@@ -273,8 +278,10 @@ def _sum(names: Names, rng: random.Random) -> tuple[str, str] | None:
     return ("What is the sum of the two digits?", str(sum(written))) if len(written) == 2 else None
 
 
-ASKS: dict[str, tuple[Ask, ...]] = {
-    "recognition": (_color, _shape, _size, _digit, _where, _what_at, _color_at, _exists),
-    "relation": (_is_beside, _what_beside, _color_beside),
-    "comparison": (_more, _which_larger, _same_color, _same_shape, _greater_digit, _greater_than_number, _sum),
+# Weights of being tried first. What few scenes allow weighs more, so that handwriting is asked about often.
+ASKS: dict[str, dict[Ask, float]] = {
+    "recognition": {_digit: 12, _shape: 2, _color: 2, _size: 1, _where: 2, _what_at: 2, _color_at: 1, _exists: 2},
+    "relation": {_is_beside: 2, _what_beside: 1, _color_beside: 1},
+    "comparison": {_sum: 8, _greater_digit: 8, _greater_than_number: 4, _same_color: 4, _same_shape: 4}
+    | {_which_larger: 4, _more: 1},
 }

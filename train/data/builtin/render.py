@@ -20,7 +20,7 @@ RGB = {
     "gray": (110, 110, 110),
 }
 SUPERSAMPLING = 8
-TINT = 12  # largest change of a colour channel from object to object
+TINT = 9  # largest change of a colour channel from object to object
 NOISE = 4  # largest change of a background pixel
 
 
@@ -39,10 +39,11 @@ def render(scene: Scene) -> Image.Image:
 
 def _background(rng: random.Random) -> np.ndarray:
     """Paper: a light tint, a slope of light across it, and grain. [64, 64, 3] float32."""
-    light = rng.uniform(212, 242)
-    tint = np.array([light + rng.uniform(-6, 6) for _ in range(3)], dtype=np.float32)
+    light = rng.uniform(205, 235)
+    tint = np.array([light + rng.uniform(-5, 5) for _ in range(3)], dtype=np.float32)
     ramp = np.linspace(-1, 1, IMAGE_SIZE, dtype=np.float32)
-    slope = rng.uniform(-6, 6) * ramp[None, :] + rng.uniform(-6, 6) * ramp[:, None]
+    # 235 + 5 + 5 + 5 + NOISE stays below 255, where a byte would wrap around.
+    slope = rng.uniform(-5, 5) * ramp[None, :] + rng.uniform(-5, 5) * ramp[:, None]
     grain = np.frombuffer(rng.randbytes(IMAGE_SIZE * IMAGE_SIZE), dtype=np.int8).reshape(IMAGE_SIZE, IMAGE_SIZE)
     return tint + (slope + grain * np.float32(NOISE / 128))[..., None]
 
