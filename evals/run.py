@@ -8,7 +8,7 @@ import base64
 import hashlib
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ def ask(
 
     An image that cannot be read becomes a failed answer like a request that failed in the engine.
     """
-    sampling = SamplingParams(max_tokens=max_tokens)
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
     for batch in _batches(samples, batch_size):
         requests: list[Request] = []
         unreadable: dict[int, str] = {}
@@ -189,7 +189,7 @@ def _run_vqa(
     section = {
         "definitions": vqa.DEFINITIONS,
         "prompt": VQA_PROMPT,
-        "decoding": asdict(SamplingParams(max_tokens=VQA_MAX_TOKENS)),
+        "decoding": {"max_tokens": VQA_MAX_TOKENS, "temperature": 0.0},
         "data": data.fingerprint,
         "complete": data.complete,
         "n": len(data.questions),
@@ -259,7 +259,7 @@ def _run_caption(
     section = {
         "definitions": caption.DEFINITIONS,
         "prompt": CAPTION_PROMPT,
-        "decoding": asdict(SamplingParams(max_tokens=CAPTION_MAX_TOKENS)),
+        "decoding": {"max_tokens": CAPTION_MAX_TOKENS, "temperature": 0.0},
         "data": data.fingerprint,
         "complete": data.complete,
         "n": len(data.images),

@@ -4,7 +4,6 @@ Both take plain captions and give one string of space-separated tokens per capti
 with COCO's list of punctuation removed.
 """
 
-import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from nmm_serve.errors import EngineError, NMMError
+from nmm_serve.evals import ptb_fallback
 
 JAVA_HINT = "install Java (Debian, Ubuntu: apt install default-jre-headless) for the exact tokenizer and METEOR"
 _TIMEOUT_S = 600
@@ -98,55 +98,12 @@ def _without(removed: frozenset[str], tokens: Sequence[str]) -> str:
 
 
 class FallbackTokenizer:
-    """The same rules for everyday captions in Python, for machines without Java.
-
-    Equal to PTBTokenizer on words, contractions, possessives, hyphens, numbers, quotes, brackets and the usual marks;
-    `covers` says whether a caption consists of these only. Outside (addresses, emoticons, fractions, rare
-    abbreviations) it follows the general rules and may differ.
-    """
+    """The same for everyday captions in Python; on the captions that it `covers` it is proven equal to PTBTokenizer."""
 
     name = "Python fallback for PTBTokenizer"
 
     def tokenize(self, captions: Sequence[str]) -> list[str]:
-        return [" ".join(t for word in clean(c).split(" ") for t in _tokens(word)) for c in captions]
+        return [ptb_fallback.tokenize(clean(caption)) for caption in captions]
 
     def covers(self, caption: str) -> bool:
-        """Is the caption inside the range on which the fallback is proven equal to PTBTokenizer?"""
-        return all(_COVERED.fullmatch(word) and not _UNSURE.search(word) for word in caption.split())
-
-
-# Split before these: possessive, clitics, and n't (which takes its n along).
-_CLITIC = re.compile(r"(?i)(?<=[a-z])(?=(?:n't|'(?:s|d|m|ll|re|ve))\b)")
-_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
-_PAIRS = {
-    "cannot": "can not",
-    "gonna": "gon na",
-    "wanna": "wan na",
-    "gotta": "got ta",
-    "lemme": "lem me",
-    "gimme": "gim me",
-}
-_ABBREVIATIONS = frozenset(
-    ["mr", "mrs", "ms", "dr", "st", "jr", "sr", "prof", "inc", "co", "corp", "ltd", "etc", "vs", "no"]
-)
-_TOKEN = re.compile(
-    r"[$#%&]"
-    r"|\d+(?:[.,:/-]\d+)*(?:st|nd|rd|th|s)?"
-    r"|[A-Za-z0-9]+(?:['-][A-Za-z0-9]+)*"
-    r"|[()\[\]{}]"
-    r"|[!?]+"
-    r"|\S"
-)
-_REMOVED = frozenset(["'", '"', ".", "?", "!", ",", ":", "-", ";", "`"])
-_COVERED = re.compile(r"[A-Za-z]+[.,]?")
-_UNSURE = re.compile(r"(?i)\b(?:[a-z]|[a-z]+)\.(?=.)")
-
-
-def _tokens(word: str) -> list[str]:
-    out: list[str] = []
-    for match in _TOKEN.finditer(word):
-        token = match.group().lower()
-        for part in _CLITIC.sub(" ", token).split(" "):
-            if part not in _REMOVED and part:
-                out.extend(_PAIRS.get(part, _BRACKETS.get(part, part)).split(" "))
-    return out
+        return ptb_fallback.covers(clean(caption))

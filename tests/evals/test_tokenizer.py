@@ -1,0 +1,178 @@
+"""The PTB tokenizer through Java, and the fallback against it."""
+
+import random
+import stat
+
+import pytest
+
+from nmm_serve.errors import EngineError
+from nmm_serve.evals import tokenizer
+from nmm_serve.evals.tokenizer import FallbackTokenizer, PTBTokenizer
+
+HOSTILE = [
+    "a dog\ron grass",
+    "a cat",
+    "two\u2028lines\u2029here",
+    "tab\tand\x0bvertical\x0cform\x85next\x1cfile",
+    "",
+    "   ",
+    ".",
+    "a bird",
+    "日本語 😀 ok",
+]
+
+WORD_LIST = """
+a an the man woman dog dogs cat on in of with sitting standing next to grey red colour theatre t-shirt black-and-white
+well-known don't isn't can't won't it's dog's they're we've i'm I'm he'd she'll cannot gonna wanna gotta lemme gimme St
+Mr etc Mass miss Miss co mt ave I A x 2 3 10 1990s 1st 3.5 1,000 10:30 $5 50% 10-year-old 2-story e-mail x-ray vs TV
+café naïve Dr jan Sun sat may ill la pa del U.S. a.m. No. e.g. 1/2 :) @home #1 o'clock
+"""
+WORDS = WORD_LIST.split()
+LEADS = ("", "", "", "", '"', "(", "“", "'")
+TRAILS = (
+    "",
+    "",
+    "",
+    ".",
+    ",",
+    "!",
+    "?",
+    ";",
+    ":",
+    "...",
+    "!!",
+    "?!",
+    '."',
+    ",'",
+    ").",
+    ")",
+    '"',
+    '".',
+    "…",
+    '?"',
+    "'s",
+    "’s",
+)
+CHARACTERS = "abcdeiIsStTnmolrvd''.-,!?:;()\"$%&0123459’“”–…é"
+
+
+def sample(count: int) -> list[str]:
+    """Captions like people's, mixed with strings that nobody would write."""
+    rng = random.Random(0)
+
+    def word() -> str:
+        if rng.random() < 0.1:
+            return "".join(rng.choice(CHARACTERS) for _ in range(rng.randint(1, 7)))
+        text = rng.choice(WORDS)
+        change = rng.random()
+        if change < 0.1:
+            text = text.capitalize()
+        elif change < 0.15:
+            text = text.upper()
+        elif change < 0.25:
+            text += "-" + rng.choice(WORDS)
+        return rng.choice(LEADS) + text + rng.choice(TRAILS)
+
+    return [" ".join(word() for _ in range(rng.randint(1, 8))) for _ in range(count)]
+
+
+@pytest.fixture
+def ptb():
+    java = tokenizer.find_java()
+    assert java is not None
+    return PTBTokenizer(java)
+
+
+@pytest.mark.java
+def test_fallback_equals_ptb_where_it_says_so(ptb):
+    captions = sample(50_000)
+    fallback = FallbackTokenizer()
+    covered = [fallback.covers(caption) for caption in captions]
+    assert sum(covered) > 5_000
+    pairs = zip(captions, covered, ptb.tokenize(captions), fallback.tokenize(captions), strict=True)
+    assert [(caption, a, b) for caption, inside, a, b in pairs if inside and a != b] == []
+
+
+@pytest.mark.java
+def test_one_line_out_for_each_caption_in(ptb):
+    tokens = ptb.tokenize(HOSTILE)
+    assert len(tokens) == len(HOSTILE)
+    assert tokens[0] == "a dog on grass"
+    assert tokens[1] == "a cat"
+    assert tokens[2] == "two lines here"
+    assert tokens[4:7] == ["", "", ""]
+    assert tokens[7] == "a bird"
+
+
+@pytest.mark.java
+def test_nothing_is_written_into_the_installed_package(ptb):
+    from pycocoevalcap.tokenizer import ptbtokenizer
+
+    folder = tokenizer.Path(ptbtokenizer.__file__).parent
+    before = sorted(path.name for path in folder.iterdir())
+    ptb.tokenize(["a dog"])
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("caption", "tokens"),
+    [
+        ("A man, sitting on the dog's t-shirt.", "a man sitting on the dog 's t-shirt"),
+        ("It isn't; they cannot!", "it is n't they can not"),
+        ('A sign reading "stop" (red).', "a sign reading stop -lrb- red -rrb-"),
+        ("Mr. Smith at 10:30 with 1,000 dogs... wow!!", "mr. smith at 10:30 with 1,000 dogs wow !!"),
+        ("$5, 50% - a 10-year-old's", "$ 5 50 % a 10-year-old 's"),
+        ("it’s “so” nice…", "it 's so nice"),
+        ("", ""),
+    ],
+)
+def test_fallback_by_hand(caption, tokens):
+    assert FallbackTokenizer().tokenize([caption]) == [tokens]
+
+
+@pytest.mark.parametrize("caption", ["look :)", "see www.a.com", "at 2 1/2", "<b>", "plate A.", "😀", "a@b.com", "no."])
+def test_fallback_says_what_it_does_not_cover(caption):
+    assert not FallbackTokenizer().covers(caption)
+
+
+def test_fallback_keeps_lines_apart():
+    assert len(FallbackTokenizer().tokenize(HOSTILE)) == len(HOSTILE)
+
+
+def fake_java(folder, monkeypatch, script: str) -> str:
+    """Put a `java` of our own first on the PATH."""
+    java = folder / "java"
+    java.write_text(f"#!/bin/sh\n{script}\n")
+    java.chmod(java.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    return str(java)
+
+
+def test_a_java_that_does_not_run_is_no_java(tmp_path, monkeypatch):
+    fake_java(tmp_path, monkeypatch, "exit 1")
+    assert tokenizer.find_java() is None
+    assert isinstance(tokenizer.open_tokenizer(), FallbackTokenizer)
+
+
+def test_no_java_at_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert tokenizer.find_java() is None
+
+
+def test_java_that_loses_lines_is_an_error(tmp_path, monkeypatch):
+    java = fake_java(tmp_path, monkeypatch, "echo one line")
+    with pytest.raises(EngineError, match="gave 1 lines for 2 captions"):
+        PTBTokenizer(java).tokenize(["a", "b"])
+
+
+def test_java_that_dies_is_an_error(tmp_path, monkeypatch):
+    java = fake_java(tmp_path, monkeypatch, "echo out of memory >&2; exit 3")
+    with pytest.raises(EngineError, match="exit status 3: out of memory"):
+        PTBTokenizer(java).tokenize(["a"])
+
+
+def test_java_that_hangs_is_stopped(tmp_path, monkeypatch):
+    java = fake_java(tmp_path, monkeypatch, "exec sleep 60")
+    monkeypatch.setattr(tokenizer, "_TIMEOUT_S", 0.3)
+    with pytest.raises(EngineError, match="was stopped"):
+        PTBTokenizer(java).tokenize(["a"])
