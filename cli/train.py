@@ -1,0 +1,100 @@
+"""nmm-train: train models and make data."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nmm_serve.cli.errors import Group
+from nmm_serve.cli.render import note, print_table, progress_bars
+
+
+@click.group(cls=Group)
+def main() -> None:
+    """Train native multimodal models from scratch."""
+
+
+@main.command()
+@click.argument("config")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, e.g. model.family=late.")
+def run(config: str, out: Path, overrides: tuple[str, ...]) -> None:
+    """Train CONFIG, a recipe's name or a YAML file, into the folder OUT; its checkpoint is OUT/final.
+
+    A run that was killed goes on where its last resume checkpoint stands: type the same command again.
+
+    \b
+    Examples:
+      nmm-train run demo --out runs/early
+      nmm-train run demo --out runs/late --set model.family=late
+    """
+    from nmm_serve.train.config import load_config
+    from nmm_serve.train.loop import train
+
+    loaded = load_config(config, overrides)
+    with progress_bars() as bars:
+        view = RunView(bars, loaded.steps)
+        final = train(loaded, out, view)
+    note(f"checkpoint: {final}")
+
+
+class RunView:
+    """Shows a run's events: a bar with loss and speed, and a line for each validation."""
+
+    def __init__(self, bars: Any, steps: int):
+        self.bars = bars
+        self.task = bars.add_task("training", total=steps)
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        kind = event["event"]
+        if kind == "start":
+            place = f"{event['device']}, {event['dtype']}"
+            resumed = f", going on from step {event['step']}" if event["step"] else ""
+            note(
+                f"{event['family']}: {event['params'] / 1e6:.2f}M parameters, "
+                f"{event['active_params'] / 1e6:.2f}M active; {place}; {event['steps']} steps{resumed}"
+            )
+            self.bars.update(self.task, completed=event["step"])
+        elif kind == "train":
+            text = (
+                f"loss {event['loss']:.3f}  {event['tokens_per_s']:,.0f} tok/s  {event['mfu']:.0%} of GEMM"
+                + (f"  data wait {event['data_wait']:.0%}" if event["data_wait"] > 0.05 else "")
+            )  # fmt: skip
+            self.bars.update(self.task, completed=event["step"], description=text)
+            if self.bars.disable:
+                note(f"step {event['step']}: {text}")
+        elif kind == "validation":
+            losses = "  ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in event.items() if k.startswith("loss_"))
+            note(f"step {event['step']}: validation loss: {losses}")
+        elif kind == "bad_step":
+            note(f"step {event['step']}: loss {event['loss']}, gradient norm {event['grad_norm']}: step skipped")
+
+
+@main.command()
+def recipes() -> None:
+    """List the recipes that ship with the project."""
+    from nmm_serve.train.config import load_config, recipe_names
+
+    rows = []
+    for name in recipe_names():
+        config = load_config(name)
+        rows.append([name, config.objective, config.model.preset, f"{config.steps:,}", f"{config.context_length}"])
+    print_table("", ["recipe", "objective", "preset", "steps", "context"], rows)
+
+
+@main.group(cls=click.Group)
+def data() -> None:
+    """Make data sets."""
+
+
+@data.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True)
+@click.option("--images", type=click.IntRange(1), default=500, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+def builtin(out: Path, split: str, images: int, seed: int) -> None:
+    """Write a split of the built-in data to OUT as images, COCO captions and VQA v2 files."""
+    from nmm_serve.train.data.builtin import export
+
+    export(out, split, images, seed)
+    note(f"{images} images of split {split}: {out}")

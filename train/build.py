@@ -1,0 +1,86 @@
+"""From a training configuration to a model and its processor."""
+
+from collections.abc import Iterator
+
+from nmm_serve.checkpoint import load_model, load_processor
+from nmm_serve.config import NMMConfig
+from nmm_serve.errors import ConfigError
+from nmm_serve.image_processor import NMMImageProcessor
+from nmm_serve.matching import partner
+from nmm_serve.models import NMMForConditionalGeneration
+from nmm_serve.presets import preset
+from nmm_serve.processor import NMMProcessor
+from nmm_serve.tokenizer import load_tokenizer, token_ids, train_tokenizer
+from nmm_serve.train.config import TrainConfig
+from nmm_serve.train.data.mixture import Mixture
+from nmm_serve.train.data.sources import Visit
+
+
+def model_config(config: TrainConfig, processor: NMMProcessor) -> NMMConfig:
+    """The model that the preset, family and matching name."""
+    spec, shape = config.model, preset(config.model.preset)
+    tokens = len(processor.tokenizer)
+    common = {
+        "vocab_size": -(-tokens // 64) * 64,  # a multiple of 64 keeps the output layer on the fast paths
+        "num_hidden_layers": shape.num_hidden_layers,
+        "max_position_embeddings": config.context_length,
+        "patch_size": spec.patch_size,
+        "image_size": spec.image_size,
+        "tie_word_embeddings": spec.tie_word_embeddings,
+        **token_ids(processor.tokenizer),
+    }
+    try:
+        built = NMMConfig(
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.intermediate_size,
+            vision_config=None
+            if shape.vision_hidden_size is None
+            else {"hidden_size": shape.vision_hidden_size, "num_hidden_layers": shape.num_hidden_layers},
+            **common,
+        )
+        if shape.vision_hidden_size is None:
+            built = partner(built, spec.family, spec.match)
+        elif not spec.family.startswith("late"):
+            raise ConfigError(f"preset {spec.preset!r} is a late-fusion model; set model.family=late")
+        if spec.family.endswith("moe"):
+            values = built.to_dict() | {
+                "num_experts": spec.num_experts,
+                "num_experts_per_tok": spec.num_experts_per_tok,
+            }
+            built = NMMConfig(**{k: v for k, v in values.items() if k in NMMConfig.__dataclass_fields__})
+    except ValueError as error:
+        raise ConfigError(f"model: {str(error.__cause__ or error).splitlines()[-1].strip()}") from error
+    return built
+
+
+def _corpus(config: TrainConfig, mixture: Mixture) -> Iterator[str]:
+    """The words of the first documents of each source; images are not opened."""
+    for entry in mixture.sources:
+        visit = Visit(f"{config.seed}/{entry.source.name}", 0, config.objective)
+        for index in range(min(len(entry.source), config.tokenizer.documents)):
+            document = entry.source.document(index, visit)
+            yield from (part for _, part in document.parts if type(part) is str)
+
+
+def build_processor(config: TrainConfig, mixture: Mixture) -> NMMProcessor:
+    """The tokenizer is loaded, or trained on the first documents of each source."""
+    if config.tokenizer.path is not None:
+        tokenizer = load_tokenizer(config.tokenizer.path)
+    else:
+        tokenizer = train_tokenizer(_corpus(config, mixture), config.tokenizer.vocab_size)
+    image_processor = NMMImageProcessor(patch_size=config.model.patch_size, image_size=config.model.image_size)
+    return NMMProcessor(image_processor, tokenizer, chat_template=tokenizer.chat_template)
+
+
+def build(config: TrainConfig, mixture: Mixture) -> tuple[NMMForConditionalGeneration, NMMProcessor]:
+    """A fresh model, or the one of `init_from` with its own tokenizer and image sizes."""
+    if config.init_from is not None:
+        model = load_model(config.init_from)
+        if config.context_length > model.config.max_position_embeddings:
+            raise ConfigError(
+                f"context_length {config.context_length} is over that of {config.init_from}, "
+                f"{model.config.max_position_embeddings}"
+            )
+        return model.float(), load_processor(config.init_from)
+    processor = build_processor(config, mixture)
+    return NMMForConditionalGeneration(model_config(config, processor)), processor

@@ -1,0 +1,206 @@
+"""The training configuration: dataclass defaults < recipe or YAML file < `--set key=value`. Unknown keys are errors."""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from nmm_serve.errors import ConfigError, unknown_name
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    preset: str = "tiny"
+    family: Literal["early", "late", "moe", "late-moe"] = "early"
+    match: Literal["total", "flops", "decoder"] = "total"
+    """How a late model is matched to the early one of the same preset."""
+    patch_size: int = 8
+    image_size: int = 64
+    tie_word_embeddings: bool = False
+    num_experts: int = 8
+    num_experts_per_tok: int = 1
+
+
+@dataclass(kw_only=True)
+class TokenizerConfig:
+    path: str | None = None
+    """A tokenizer directory. Without it, one is trained on the training data."""
+    vocab_size: int = 1024
+    documents: int = 4000
+    """Documents of each source that a new tokenizer is trained on."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    root: str = "."
+    """Relative paths of the sources start here."""
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    validation: list[dict[str, Any]] = field(default_factory=list)
+    validation_documents: int = 128
+    workers: int = 0
+    max_bad_share: float = 0.01
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """AdamW as in arXiv 2504.07951, appendix A: decay is fully decoupled, p <- p * (1 - weight_decay * lr / peak)."""
+
+    lr: float | None = None
+    """Peak rate. None: the preset's."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 1e-4
+    grad_clip: float = 1.0
+    vision_lr_scale: float = 0.01
+    """Late fusion: the encoder's rate relative to the decoder's. The paper's table 8 finds 0.01 best from scratch."""
+
+
+@dataclass(kw_only=True)
+class ScheduleConfig:
+    """Linear warm-up, constant rate, cool-down to zero as 1 - sqrt(progress) (arXiv 2405.18392)."""
+
+    warmup_steps: int = 100
+    cooldown: float = 0.2
+    """Share of all steps."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    name: str = "run"
+    objective: Literal["pretrain", "sft"] = "pretrain"
+    """`pretrain`: loss on every text token. `sft`: on the assistant's answers."""
+    init_from: str | None = None
+    """A checkpoint to start from; it brings its model and tokenizer."""
+    seed: int = 0
+    steps: int = 1000
+    context_length: int = 512
+    rows: int = 16
+    """Packed sequences in one forward pass."""
+    accumulate: int = 1
+    """Forward passes in one step."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto`: bf16 on a GPU, fp32 on a CPU."""
+    compile: bool = False
+    log_every: int = 10
+    eval_every: int = 200
+    save_every: int = 200
+    keep: int = 2
+    """Resume checkpoints to keep."""
+    max_bad_steps: int = 5
+    """Stop after so many steps in a row with a NaN or infinite loss or gradient."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+    def validate(self) -> None:
+        for name in ("steps", "context_length", "rows", "accumulate", "log_every", "eval_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not self.data.sources:
+            raise ConfigError("data.sources is empty; name at least one source (see the recipes: nmm-train recipes)")
+        if not 0 <= self.schedule.cooldown <= 1:
+            raise ConfigError(f"schedule.cooldown is a share of the steps, 0 to 1, not {self.schedule.cooldown}")
+        if self.schedule.warmup_steps + self.schedule.cooldown * self.steps > self.steps:
+            raise ConfigError(
+                f"schedule.warmup_steps {self.schedule.warmup_steps} and a cool-down over {self.schedule.cooldown:.0%} "
+                f"of {self.steps} steps do not fit into the run; shorten one or raise steps"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def recipe_names() -> list[str]:
+    folder = resources.files("nmm_serve.train.recipes")
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+
+
+def load_config(recipe: str, overrides: typing.Sequence[str] = ()) -> TrainConfig:
+    """A recipe's name or a YAML file, with `key.sub=value` overrides (values are YAML).
+
+    Raises ConfigError naming the key, the value and what was expected.
+    """
+    path = Path(recipe)
+    if recipe in recipe_names():
+        text = (resources.files("nmm_serve.train.recipes") / f"{recipe}.yaml").read_text()
+    elif path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ConfigError(f"config file {path} does not exist")
+        text = path.read_text()
+    else:
+        raise ConfigError(unknown_name("recipe", recipe, recipe_names()) + "; or give a .yaml file")
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{recipe} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{recipe} must be a mapping of keys to values, not a {type(values).__name__}")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {override!r} is not of the form key=value")
+        target = values
+        *parents, last = key.split(".")
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"--set {key}: {parent!r} is not a section")
+        target[last] = yaml.safe_load(value)
+    config = _build(TrainConfig, values, "")
+    config.validate()
+    return config
+
+
+def _build(cls: type, values: Any, prefix: str) -> Any:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{prefix.rstrip('.')} must be a section of keys, not {values!r}")
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            close = difflib.get_close_matches(str(key), hints, n=1)
+            hint = f" Did you mean {prefix}{close[0]}?" if close else f" Known here: {', '.join(hints)}"
+            raise ConfigError(f"unknown config key {prefix}{key}.{hint}")
+    return cls(**{key: _convert(hints[key], value, prefix + key) for key, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, name + ".")
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{name}: {unknown_name('value', str(value), map(str, args))}")
+        return value
+    if origin is types.UnionType:
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, name)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)) or len(value) != len(args):
+            raise ConfigError(f"{name} must be a list of {len(args)} values, not {value!r}")
+        return tuple(_convert(a, v, name) for a, v in zip(args, value, strict=True))
+    if origin is list:
+        if not isinstance(value, list) or not all(isinstance(v, dict) for v in value):
+            raise ConfigError(f"{name} must be a list of sections, not {value!r}")
+        return value
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
+        try:
+            value = float(value)
+        except ValueError:
+            raise ConfigError(f"{name} must be a number, not {value!r}") from None
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"{name} must be of type {hint.__name__}, not {value!r}")
+    if hint is float and not math.isfinite(value):
+        raise ConfigError(f"{name} must be finite, not {value!r}")
+    return value

@@ -1,0 +1,54 @@
+"""A run's logs: `log.jsonl`, one JSON object an event, and TensorBoard; cut back to the step of a resume."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+
+class RunLog:
+    """Appends events to `folder/log.jsonl` and scalars to `folder/tensorboard`."""
+
+    def __init__(self, folder: Path, resume_step: int):
+        self.path = folder / "log.jsonl"
+        self.events = [e for e in _read(self.path) if e.get("step", 0) <= resume_step]
+        staging = self.path.with_suffix(".tmp")
+        staging.write_text("".join(json.dumps(e) + "\n" for e in self.events))
+        os.replace(staging, self.path)
+        self._file = self.path.open("a", buffering=1)
+        self._board = _tensorboard(folder / "tensorboard", resume_step)
+
+    def write(self, event: dict[str, Any]) -> None:
+        self.events.append(event)
+        self._file.write(json.dumps(event) + "\n")
+        if self._board is not None and "step" in event:
+            for key, value in event.items():
+                if isinstance(value, float):
+                    self._board.add_scalar(f"{event['event']}/{key}", value, event["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    events = []
+    for line in path.read_text().splitlines():
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:  # a run was killed in the middle of its last line
+            break
+    return events
+
+
+def _tensorboard(folder: Path, resume_step: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        logging.getLogger(__name__).warning("tensorboard is not installed; logging to log.jsonl only")
+        return None
+    return SummaryWriter(folder, purge_step=resume_step + 1)

@@ -1,0 +1,85 @@
+"""What a run needs to go on bit for bit: optimiser, random state, place in the data. Safetensors and JSON, no pickle.
+
+A resume checkpoint is a whole checkpoint (any engine can open it) with a `training/` folder beside the weights.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from nmm_serve.checkpoint import WEIGHTS, atomic_directory, write_checkpoint
+from nmm_serve.errors import CheckpointError
+
+STEP = re.compile(r"step-(\d{8})")
+
+
+def save_resume(folder: Path, step: int, keep: int, model, processor, optimizer, run: dict, state: dict) -> Path:
+    """Publish `folder/step-N`, then delete all but the newest `keep`: never before the new one is durable."""
+    path = folder / f"step-{step:08d}"
+    with atomic_directory(path) as staging:
+        write_checkpoint(staging, model, processor, run)
+        training = staging / "training"
+        training.mkdir()
+        save_file(_optimizer_tensors(model, optimizer), training / "optimizer.safetensors")
+        digests = {name: _sha256(staging / name) for name in (WEIGHTS, "training/optimizer.safetensors")}
+        (training / "state.json").write_text(json.dumps({"step": step, "sha256": digests, **state}))
+    for old in resume_points(folder)[:-keep]:
+        shutil.rmtree(old)
+    return path
+
+
+def resume_points(folder: Path) -> list[Path]:
+    """Complete resume checkpoints, oldest first. Unfinished ones have other names and are swept away."""
+    if not folder.is_dir():
+        return []
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    return sorted(p for p in folder.iterdir() if STEP.fullmatch(p.name))
+
+
+def load_resume(path: Path, model, optimizer) -> dict[str, Any]:
+    """Put weights and optimiser back and return the rest of the state.
+
+    Raises CheckpointError when a file was changed since it was written.
+    """
+    state = json.loads((path / "training/state.json").read_text())
+    for name, digest in state["sha256"].items():
+        if _sha256(path / name) != digest:
+            raise CheckpointError(
+                f"{path / name} is damaged: its checksum is not the one written with it. "
+                f"Delete {path} to go on from the checkpoint before it"
+            )
+    weights = load_file(path / WEIGHTS)
+    if model.config.tie_word_embeddings:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    model.load_state_dict(weights)
+    tensors = load_file(path / "training/optimizer.safetensors")
+    parameters = dict(model.named_parameters())
+    for key, tensor in tensors.items():
+        kind, name = key.split("/", 1)
+        optimizer.state[parameters[name]][kind] = tensor.to(parameters[name].device if kind != "step" else "cpu")
+    torch.set_rng_state(torch.tensor(state["torch_rng"], dtype=torch.uint8))
+    return state
+
+
+def rng_state() -> list[int]:
+    return torch.get_rng_state().tolist()
+
+
+def _optimizer_tensors(model, optimizer) -> dict[str, torch.Tensor]:
+    return {
+        f"{kind}/{name}": value.contiguous()
+        for name, parameter in model.named_parameters()
+        for kind, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,53 @@
+"""Validation: cross-entropy on fixed documents, for each source and their plain mean (the paper's AVG)."""
+
+from pathlib import Path
+
+import torch
+
+from nmm_serve.errors import ConfigError
+from nmm_serve.models import NMMForConditionalGeneration
+from nmm_serve.processor import NMMProcessor
+from nmm_serve.train.config import TrainConfig
+from nmm_serve.train.data.loader import evaluation_batches
+from nmm_serve.train.data.sources import open_source
+from nmm_serve.train.throughput import count_labels
+
+
+class Validation:
+    """Batches of the validation sources, built once."""
+
+    def __init__(self, config: TrainConfig, processor: NMMProcessor, device: str, dtype: torch.dtype):
+        self.device, self.dtype = device, dtype
+        self.batches = {}
+        for entry in config.data.validation:
+            source = open_source(entry, Path(config.data.root))
+            if source.name in self.batches:
+                raise ConfigError(f"two validation sources are named {source.name!r}; give each its own `name`")
+            self.batches[source.name] = list(
+                evaluation_batches(
+                    source,
+                    processor,
+                    context_length=config.context_length,
+                    rows=config.rows,
+                    n=config.data.validation_documents,
+                    objective=config.objective,
+                )
+            )
+
+    @torch.no_grad()
+    def losses(self, model: NMMForConditionalGeneration) -> dict[str, float]:
+        """`loss_NAME` in nats a token for each source, and `loss_avg`. Empty without validation sources."""
+        losses = {}
+        model.eval()
+        try:
+            for name, batches in self.batches.items():
+                total, labels = 0.0, 0
+                for batch in batches:
+                    tensors = {k: v.to(self.device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
+                    with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
+                        total += model(**tensors, num_items_in_batch=1).ce_loss.item()
+                    labels += count_labels(batch)
+                losses[f"loss_{name}"] = total / labels
+        finally:
+            model.train()
+        return losses | ({"loss_avg": sum(losses.values()) / len(losses)} if losses else {})
