@@ -7,8 +7,8 @@ if __name__ != "nmm_serve.train.data.builtin":
     )
 
 from nmm_serve.train.data.builtin.balance import best_constant_by_type, question_only_ceiling
+from nmm_serve.train.data.builtin.disk import export
 from nmm_serve.train.data.builtin.example import Example, builtin_images, image_id
-from nmm_serve.train.data.builtin.export import export
 from nmm_serve.train.data.builtin.interleaved import interleaved_document
 from nmm_serve.train.data.builtin.scene import IMAGE_SIZE, SPLITS, Object, Scene, sample_scene
 from nmm_serve.train.data.builtin.stories import text_document

@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nmm_serve.train.data.builtin.scene import Object, Scene
@@ -18,6 +18,9 @@ WAYS: dict[tuple[str, ...], int] = {
     ("size", "color", "kind"): 1,
     ("value",): 1,
 }
+
+# A digit's noun is its value.
+_FIELDS = {"kind": "kind", "color": "color", "size": "size", "value": "noun"}
 
 
 def phrase(traits: Mapping[str, str]) -> str:
@@ -37,32 +40,32 @@ class Names:
 
     def __init__(self, scene: Scene):
         self.objects = scene.objects
-        self._keys = {id(o): {way: _traits(o, way) for way in WAYS} for o in scene.objects}
-        self._uses = Counter(tuple(t.items()) for keys in self._keys.values() for t in keys.values() if t)
+        traits = [(o, way, _traits(o, way)) for o in scene.objects for way in WAYS]
+        uses = Counter((way, told) for _, way, told in traits)
+        self._ways: dict[int, list[tuple[str, ...]]] = {id(o): [] for o in scene.objects}
+        for o, way, told in traits:
+            if told is not None and uses[way, told] == 1:
+                self._ways[id(o)].append(way)
 
     def unique(self, obj: Object, way: tuple[str, ...]) -> bool:
-        traits = self._keys[id(obj)][way]
-        return bool(traits) and self._uses[tuple(traits.items())] == 1
+        return way in self._ways[id(obj)]
 
     def draw(
         self, rng: random.Random, among: Sequence[Object], without: str | None = None, need: str | None = None
     ) -> Name | None:
         """A random object of `among` and a name of it that does not tell `without` (a digit's value tells its kind)
         and does tell `need`. None where no object has such a name."""
+        hidden = ("kind", "value") if without == "kind" else (without,)
         for obj in rng.sample(among, len(among)):
-            ways = [
-                way
-                for way in WAYS
-                if without not in way and (need is None or need in way)
-                and not (without == "kind" and "value" in way) and self.unique(obj, way)
-            ]  # fmt: skip
+            ways = [w for w in self._ways[id(obj)] if not any(h in w for h in hidden) and (need is None or need in w)]
             if ways:
                 way = rng.choices(ways, [WAYS[w] for w in ways])[0]
-                return Name(obj, phrase(self._keys[id(obj)][way]))
+                return Name(obj, phrase({trait: getattr(obj, _FIELDS[trait]) for trait in way}))
         return None
 
 
-def _traits(obj: Object, way: Iterable[str]) -> dict[str, str]:
-    if "value" in way:
-        return {} if obj.digit is None else {"value": str(obj.digit)}
-    return {trait: getattr(obj, trait) for trait in way}
+def _traits(obj: Object, way: tuple[str, ...]) -> tuple[object, ...] | None:
+    """What `way` tells of `obj`; None where it does not apply."""
+    if way == ("value",) and obj.digit is None:
+        return None
+    return tuple([getattr(obj, _FIELDS[trait]) for trait in way])
