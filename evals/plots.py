@@ -1,6 +1,7 @@
 """Plots of records as inline SVG. Each takes records and gives back None when they hold nothing to draw."""
 
 import io
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -192,7 +193,10 @@ def _figure(name: str, width: float, height: float, columns: int = 0) -> Iterato
         drawing = _Drawing(figure)
         yield drawing, list(panels) if columns else panels[0]
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        with warnings.catch_warnings():
+            # Text stays text in the SVG: the reader's browser has the letters that matplotlib's font lacks.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")
+            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         text = buffer.getvalue()
         drawing.svg = text[text.index("<svg") :]
 

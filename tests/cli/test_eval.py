@@ -1,0 +1,149 @@
+"""nmm-eval from the command line, with engines of known answers in place of models."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+from eval_fakes import FakeEngine, failed, image_tag, oracle, write_dataset
+
+pytest.importorskip("pycocoevalcap", reason="needs the extra `evals`")
+
+import nmm_serve.engines
+from nmm_serve.cli.eval import main
+from nmm_serve.evals import caption
+from nmm_serve.evals.tokenizer import FallbackTokenizer
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(caption, "open_tokenizer", FallbackTokenizer)
+    return write_dataset(tmp_path / "data")
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """Opening any model gives the oracle; the opened engines are kept."""
+    opened = []
+
+    def open_engine(model, engine=None, **options):
+        opened.append(FakeEngine(oracle, model))
+        return opened[-1]
+
+    monkeypatch.setattr(nmm_serve.engines, "open_engine", open_engine)
+    return opened
+
+
+@pytest.fixture
+def broken_engine(monkeypatch):
+    fake = FakeEngine(lambda r: failed("boom") if image_tag(r) == 20 else oracle(r))
+    monkeypatch.setattr(nmm_serve.engines, "open_engine", lambda *_args, **_options: fake)
+    return fake
+
+
+def run(*args):
+    return CliRunner().invoke(main, [str(a) for a in args])
+
+
+QUICK = ("--requests", 2, "--warmup", 0, "--concurrency", 1, "--output-tokens", 3)
+
+
+def test_vqa_prints_a_table_and_writes_a_record(data, engine, tmp_path):
+    result = run("vqa", "--model", "m", "--data", data)
+    assert result.exit_code == 0, result.stderr
+    assert "100.00" in result.stdout
+    record = json.loads((tmp_path / "m-vqa.json").read_text())
+    assert record["tasks"]["vqa"]["accuracy"] == 100
+    assert engine[0].closed
+
+
+def test_all_is_one_record_from_one_engine(data, engine, tmp_path):
+    result = run("all", "--model", "some/ckpt", "--data", data, "-o", "r/all.json", *QUICK)
+    assert result.exit_code == 0, result.stderr
+    assert len(engine) == 1
+    assert list(json.loads((tmp_path / "r" / "all.json").read_text())["tasks"]) == ["vqa", "caption", "latency"]
+
+
+@pytest.mark.parametrize("task", ["vqa", "caption", "latency"])
+def test_json_is_one_document_on_stdout(data, engine, task):
+    quick = QUICK if task == "latency" else ()
+    result = run(task, "--model", "m", "--data", data, "--json", *quick)
+    assert result.exit_code == 0, result.stderr
+    assert list(json.loads(result.stdout)["tasks"]) == [task]
+
+
+def test_failed_items_exit_1_and_are_named_and_the_record_is_kept(data, broken_engine, tmp_path):
+    result = run("vqa", "--model", "m", "--data", data, "--json")
+    assert result.exit_code == 1
+    assert "vqa: 1010: boom" in result.stderr
+    assert json.loads(result.stdout)["tasks"]["vqa"]["accuracy"] is None
+    assert (tmp_path / "m-vqa.json").exists()
+    assert broken_engine.closed
+
+
+def test_wrong_data_is_found_before_the_model_is_loaded(data, engine):
+    (data / "images" / "val" / "000000000101.png").unlink()
+    result = run("vqa", "--model", "m", "--data", data)
+    assert result.exit_code == 1
+    assert "000000000101.png" in result.stderr
+    assert engine == []
+
+
+def test_explicit_files(data, engine):
+    result = run(
+        "vqa", "--model", "m", "--images", data / "images" / "val",
+        "--questions", data / "vqa_val_questions.json", "--annotations", data / "vqa_val_annotations.json", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+
+
+def test_limit_is_said_to_be_not_final(data, engine):
+    result = run("vqa", "--model", "m", "--data", data, "--limit", 2)
+    assert result.exit_code == 0
+    assert "not final" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("vqa", "--model", "m"), "no questions file"),
+        (("caption", "--model", "m"), "no captions file"),
+        (("vqa", "--model", "m", "--data", "gone"), "gone does not exist"),
+        (("table", "gone.json"), "gone.json does not exist"),
+    ],
+)
+def test_what_is_missing_is_named(data, engine, args, message):
+    result = run(*args)
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
+def test_unknown_engine(data):
+    result = run("vqa", "--model", "m", "--data", data, "--engine", "vlm")
+    assert result.exit_code == 1
+    assert "Did you mean 'vllm'?" in result.stderr
+
+
+def test_table_and_report_of_several_records(data, engine, tmp_path):
+    for name in ("a", "b"):
+        assert run("all", "--model", name, "--data", data, "-o", f"{name}.json", *QUICK).exit_code == 0
+    table = run("table", "a.json", "b.json", "--json")
+    assert [row["model"] for row in json.loads(table.stdout)["rows"]] == ["a", "b"]
+    pytest.importorskip("matplotlib", reason="needs the extra `evals`")
+    report = run("report", "a.json", "b.json", "-o", "out.html")
+    assert report.exit_code == 0, report.stderr
+    assert "</html>" in (tmp_path / "out.html").read_text()
+
+
+def test_help_does_not_load_torch():
+    code = (
+        "import sys\nfrom nmm_serve.cli.eval import main\n"
+        "try:\n    main(['vqa', '--help'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'matplotlib', 'pycocoevalcap', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(', '.join(sorted(heavy)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "--model" in done.stdout
