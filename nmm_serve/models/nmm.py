@@ -200,6 +200,9 @@ class NMMForConditionalGeneration(NMMPreTrainedModel, GenerationMixin):
         )
         if labels is None or not self.training:
             output.logits = self.lm_head(x_BTD[:, -logits_to_keep:] if logits_to_keep else x_BTD)
+            if self.config.image_token_id is not None:
+                # only an image can stand behind its placeholder; the loss never teaches the model not to say one
+                output.logits[..., self.config.image_token_id] = torch.finfo(output.logits.dtype).min
         if labels is not None:
             target_BT = F.pad(labels[:, 1:], (0, 1), value=-100)
             has_label_BT = target_BT != -100

@@ -278,7 +278,11 @@ class NMMForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP):
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        return self.logits_processor(self.lm_head, hidden_states)
+        logits = self.logits_processor(self.lm_head, hidden_states)
+        if logits is not None:  # None on all ranks but one
+            # never a placeholder: see nmm_serve.models.nmm
+            logits[..., self.config.image_token_id] = torch.finfo(logits.dtype).min
+        return logits
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
