@@ -39,7 +39,9 @@ def load_image(source: str | Path | bytes | Image.Image, *, max_pixels: int = MA
             raise ImageError(f"{name} is a directory, not an image file") from None
         except PermissionError:
             raise ImageError(f"{name}: permission denied") from None
-        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError):
+        except Image.DecompressionBombError:  # far over our own limit too; Pillow keeps the size to itself
+            raise ImageError(f"{name} has far more than {max_pixels} pixels, the limit; scale it down first") from None
+        except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
             raise ImageError(f"{name} is not a readable image; supported: {', '.join(FORMATS)}") from None
     width, height = image.size
     if width < 1 or height < 1:

@@ -1,0 +1,228 @@
+"""nmm-serve: serve a checkpoint, ask it something, look at it, and check the installation."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nmm_serve.cli.errors import Group
+from nmm_serve.cli.render import note, print_json, print_table, stderr_console
+
+_DTYPES = click.Choice(["auto", "float32", "bfloat16", "float16"])
+
+
+@click.group(cls=Group)
+def main() -> None:
+    """Serve native multimodal models with vLLM.
+
+    \b
+    nmm-serve doctor
+    nmm-serve info ckpt/
+    nmm-serve generate ckpt/ --image a.png --prompt "What is this?"
+    nmm-serve launch ckpt/
+    """
+
+
+@main.command(context_settings={"ignore_unknown_options": True})
+@click.argument("checkpoint")
+@click.argument("vllm_flags", nargs=-1, type=click.UNPROCESSED)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on. 0.0.0.0: every one.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option(
+    "--api-key", envvar="VLLM_API_KEY", metavar="KEY",
+    help="Key that clients must send. Better set in VLLM_API_KEY: other users can see a command line.",
+)  # fmt: skip
+@click.option(
+    "--allow-media-domain", "media_domains", multiple=True, metavar="HOST",
+    help="Host that images may be fetched from; give it several times. Without it, clients send the images themselves.",
+)  # fmt: skip
+@click.option("--dtype", type=_DTYPES, default="auto", show_default=True, help="auto: the checkpoint's own.")
+@click.option("--max-model-len", type=int, help="Longest prompt and answer together. Default: the model's context.")
+@click.option("--log-file", type=click.Path(path_type=Path, dir_okay=False), help="Append vLLM's log to this file.")
+@click.option("-v", "--verbose", is_flag=True, help="Show vLLM's log.")
+def launch(
+    checkpoint: str,
+    vllm_flags: tuple[str, ...],
+    api_key: str | None,
+    log_file: Path | None,
+    verbose: bool,
+    **options: Any,
+) -> int:
+    """Serve CHECKPOINT with vLLM's OpenAI-compatible server.
+
+    Every option not listed here is passed on to vLLM, for example --max-num-seqs 32.
+
+    \b
+    nmm-serve launch ckpt/ --port 9000
+    nmm-serve launch ckpt/ --allow-media-domain images.example.org
+    """
+    from nmm_serve.server import LOOPBACK, Server, ServerOptions
+
+    log_stream = log_file.open("a", buffering=1) if log_file else None
+    console = stderr_console()
+
+    def log(line: str) -> None:
+        if log_stream:
+            log_stream.write(line + "\n")
+        if verbose:
+            click.echo(line, err=True)
+
+    with console.status("Checking the checkpoint ..."):
+        server = Server(checkpoint, ServerOptions(api_key=api_key, extra=vllm_flags, **options), log=log)
+    _hide_key(api_key)
+    if options["host"] not in LOOPBACK and not api_key:
+        note(f"Warning: {options['host']} can be reached from other machines, and no --api-key is set.")
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: server.terminate()) for number in signals]
+    try:
+        server.start()
+        with console.status("Starting vLLM ...") as status:
+            server.wait_ready(lambda passed: status.update(f"Starting vLLM ... {passed:.0f} s"))
+        click.echo(_welcome(server.url, server.served_model, bool(api_key)))
+        status = server.wait()
+        return status if status >= 0 else 128 - status
+    finally:
+        server.stop(grace_s=5)
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+        if log_stream:
+            log_stream.close()
+
+
+def _hide_key(api_key: str | None) -> None:
+    """Take a key that came with the command line out of what `ps` shows."""
+    if api_key:
+        import setproctitle  # comes with vLLM
+
+        setproctitle.setproctitle("nmm-serve launch")
+
+
+def _welcome(url: str, model: str, needs_key: bool) -> str:
+    key = ' -H "Authorization: Bearer $VLLM_API_KEY"' if needs_key else ""
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    return (
+        f"Ready: {url}/v1 (model {model})\n"
+        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\\n"
+        f"    -d '{body}'\n"
+        "Stop it with Ctrl-C."
+    )
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def doctor(as_json: bool) -> int:
+    """Say what is installed, what is broken, and what to do about it."""
+    from nmm_serve.doctor import examine
+
+    with stderr_console().status("Looking around ..."):
+        findings = examine()
+    broken = any(finding.level == "problem" for finding in findings)
+    if as_json:
+        print_json({"ok": not broken, "findings": [finding.as_dict() for finding in findings]})
+    else:
+        width = max(len(finding.name) for finding in findings)
+        marks = {"ok": "ok     ", "warning": "WARNING", "problem": "PROBLEM"}
+        for finding in findings:
+            click.echo(f"{marks[finding.level]}  {finding.name:<{width}}  {finding.found}")
+            if finding.advice:
+                click.echo(f"{'':{width + 11}}-> {finding.advice}")
+    return int(broken)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--prompt", required=True, help="What to ask. '-' reads it from standard input.")
+@click.option(
+    "--image", "images", multiple=True, type=click.Path(path_type=Path), help="Image file, before the prompt."
+)
+@click.option("--engine", help="torch (default for a directory), vllm, or openai (default for a URL).")
+@click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True, help="Length of the answer.")
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
+@click.option("--seed", type=int, help="Makes sampling repeatable.")
+@click.option("--raw", is_flag=True, help="No chat format: continue the prompt. <|image|> in it marks each image.")
+@click.option("--json", "as_json", is_flag=True, help="Print the answer with counts and times as JSON.")
+def generate(
+    model: str,
+    prompt: str,
+    images: tuple[Path, ...],
+    engine: str | None,
+    raw: bool,
+    as_json: bool,
+    **sampling: Any,
+) -> None:
+    """Ask MODEL, a checkpoint directory or a server's URL, for one answer.
+
+    \b
+    nmm-serve generate ckpt/ --image a.png --prompt "What colour is the circle?"
+    nmm-serve generate http://127.0.0.1:8000 --prompt "Describe the image." --image a.png
+    """
+    from nmm_serve.engines import open_engine
+    from nmm_serve.engines.base import Request, SamplingParams
+    from nmm_serve.errors import PromptError
+    from nmm_serve.images import load_image
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    pictures = [load_image(path) for path in images]  # before the model: a wrong path should not cost the time to load
+    params = SamplingParams(**sampling)
+    if raw:
+        request = Request(prompt=text, images=pictures, sampling=params)
+    else:
+        content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": text}]
+        request = Request(messages=[{"role": "user", "content": content}], images=pictures, sampling=params)
+    with stderr_console().status("Loading the model ..."):
+        opened = open_engine(model, engine)
+    try:
+        output = opened.generate([request])[0]
+        described = opened.describe()
+    finally:
+        opened.close()
+    if output.error:
+        raise PromptError(output.error)
+    if not as_json:
+        click.echo(output.text)
+        return
+    print_json(
+        {
+            "text": output.text,
+            "finish_reason": output.finish_reason,
+            "num_prompt_tokens": output.num_prompt_tokens,
+            "num_tokens": output.num_tokens,
+            "token_ids": list(output.token_ids) or None,
+            "ttft_s": output.timing.ttft_s,
+            "e2e_s": output.timing.e2e_s,
+            "engine": described,
+        }
+    )
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def info(checkpoint: Path, as_json: bool) -> None:
+    """Say what CHECKPOINT is: family, sizes, how it was trained. Reads no weights into memory."""
+    from nmm_serve.info import describe_checkpoint
+
+    found = describe_checkpoint(checkpoint)
+    if as_json:
+        print_json(found)
+        return
+    rows = [[name.replace("_", " "), _show(value)] for name, value in found.items() if name != "run"]
+    run = found["run"]
+    rows += [[f"run: {name}", _show(value)] for name, value in run.items()] if run else [["run", "no run.json"]]
+    print_table(str(checkpoint), ["", ""], rows)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_show(inner)}" for name, inner in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_show, value))
+    return os.fspath(value) if isinstance(value, Path) else str(value)
