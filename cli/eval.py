@@ -38,9 +38,7 @@ def _evaluation(command: Callable[..., None]) -> Callable[..., None]:
             click.option(
                 "--limit", type=click.IntRange(1), help="Only the first N items; the record is then not final."
             ),
-            click.option(
-                "--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Requests at once."
-            ),
+            click.option("--batch-size", type=click.IntRange(1), help="Requests at once. Default: the engine's."),
             click.option("--seed", type=int, default=0, show_default=True, help="Seed of the bootstrap."),
             click.option("-o", "--output", type=_FILE, help="Where the record goes. Default: NAME-TASK.json here."),
             click.option("--json", "as_json", is_flag=True, help="Print the record, and nothing else, on stdout."),
@@ -120,10 +118,9 @@ def report(records: tuple[Path, ...], output: Path, title: str) -> None:
 
 
 def _evaluate(tasks: tuple[str, ...], options: dict[str, Any]) -> None:
-    from nmm_serve.engines import open_engine
     from nmm_serve.evals.datasets import find_files
     from nmm_serve.evals.latency import Load
-    from nmm_serve.evals.run import Options, evaluate, failures, load_data
+    from nmm_serve.evals.run import Options, evaluate, failures, load_data, open_for
 
     files = find_files(
         options["data"],
@@ -142,11 +139,10 @@ def _evaluate(tasks: tuple[str, ...], options: dict[str, Any]) -> None:
     label = "all" if len(tasks) > 1 else tasks[0]
     out = options["output"] or Path(f"{_file_name(name or model)}-{label}.json")
     plan = Options(
-        tasks=tasks, files=files, out=out, name=name, limit=options["limit"],
-        batch_size=options["batch_size"], seed=options["seed"], load=load,
+        tasks=tasks, files=files, out=out, name=name, limit=options["limit"], seed=options["seed"], load=load,
     )  # fmt: skip
     data = load_data(plan)  # before the model: a wrong path should not cost the time to load one
-    engine = open_engine(model, options["engine"])
+    engine = open_for(plan, model, options["engine"], options["batch_size"])
     try:
         with progress_bars() as bars:
 

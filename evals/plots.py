@@ -169,6 +169,30 @@ def quality_against_latency(records: Sequence[Record]) -> str | None:
     return figure.svg
 
 
+def training_curves(records: Sequence[Record]) -> str | None:
+    """Training and validation loss over tokens, from the checkpoints' own `run.json`."""
+    held = [(i, r) for i, r in enumerate(records) if (r["model"]["run"] or {}).get("history")]
+    if not held:
+        return None
+    validated = [(i, r) for i, r in held if any("loss_avg" in e for e in r["model"]["run"].get("validation", ()))]
+    with _figure("training", 9.5, 3.2, columns=2 if validated else 1) as (figure, panels):
+        for index, record in held:
+            points = record["model"]["run"]["history"]
+            x, y = [p["tokens"] / 1e6 for p in points], [p["loss"] for p in points]
+            panels[0].plot(x, y, color=_colour(index), lw=1.1, label=record["model"]["name"])
+        panels[0].set_title("training loss", fontsize=10)
+        for index, record in validated:
+            points = [p for p in record["model"]["run"]["validation"] if "loss_avg" in p]
+            x, y = [p["tokens"] / 1e6 for p in points], [p["loss_avg"] for p in points]
+            panels[1].plot(x, y, color=_colour(index), lw=1.3, marker="o", ms=3)
+        if validated:
+            panels[1].set_title("validation loss, mean over data types", fontsize=10)
+        for axes in panels:
+            axes.set_xlabel("tokens, millions")
+        _legend_above(figure, panels[0])
+    return figure.svg
+
+
 class _Drawing:
     """A figure that becomes SVG text when its `with` block ends."""
 

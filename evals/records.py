@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -32,7 +33,7 @@ def new_record(engine: Engine, *, name: str | None, seed: int) -> Record:
     return {
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *map(without_password, sys.argv[1:])],
         "seed": seed,
         "model": describe_model(engine.model, name),
         "engine": {"name": engine.name, **engine.describe()},
@@ -47,35 +48,39 @@ def new_record(engine: Engine, *, name: str | None, seed: int) -> Record:
 def describe_model(source: str, name: str | None = None) -> dict[str, Any]:
     """What was evaluated: the checkpoint's hash, size, config and training run; for a URL only the address is known."""
     if source.startswith(("http://", "https://")):
-        return {
-            "name": name or source,
-            "source": source,
-            "hash": None,
-            "hash_reason": "a server's URL does not tell its weights",
-            "parameters": None,
-            "config": None,
-            "run": None,
-        }
+        return _without_checkpoint(name, without_password(source), "a server's URL does not tell its weights")
     path = Path(source)
-    if not path.is_dir():  # a model that is not on disk, such as an engine built in memory
-        return {
-            "name": name or source,
-            "source": source,
-            "hash": None,
-            "hash_reason": "the model is not a checkpoint directory",
-            "parameters": None,
-            "config": None,
-            "run": None,
-        }
+    if not path.is_dir():
+        return _without_checkpoint(name, source, "the model is not a checkpoint directory")
     check_checkpoint(path)
+    run = read_run(path)
+    for curve in ("history", "validation"):
+        if curve in run:
+            run[curve] = _thinned(run[curve])
     return {
         "name": name or path.resolve().name,
         "source": source,
         "hash": checkpoint_hash(path),
         "parameters": count_parameters(path),
         "config": read_json(path / "config.json"),
-        "run": read_run(path),
+        "run": run,
     }
+
+
+def _without_checkpoint(name: str | None, source: str, reason: str) -> dict[str, Any]:
+    unknown = dict.fromkeys(("hash", "parameters", "config", "run"))
+    return {"name": name or source, "source": source, **unknown, "hash_reason": reason}
+
+
+def without_password(text: str) -> str:
+    """A URL without `user:password@`; a record is shown to others."""
+    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
+
+
+def _thinned(points: list[Any], most: int = 400) -> list[Any]:
+    """Evenly chosen points of a training curve, the last one among them; a plot shows no more."""
+    step = max(1, -(-len(points) // most))
+    return points[::-1][::step][::-1]
 
 
 def count_parameters(checkpoint: Path) -> int:

@@ -90,6 +90,7 @@ def _plots(records: Sequence[Record]) -> list[dict[str, str]]:
             "Medians; whiskers reach to the 90th percentile. Definitions are at the end of the page.",
             plots.latency_bars(records),
         ),
+        ("Training", "As the checkpoints' run.json tells it.", plots.training_curves(records)),
     ]
     return [{"title": title, "note": note, "svg": svg} for title, note, svg in drawn if svg]
 

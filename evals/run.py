@@ -7,11 +7,13 @@ the numbers over the items that did come back stand under `answered_only`, which
 import base64
 import hashlib
 import io
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nmm_serve.engines import open_engine
 from nmm_serve.engines.base import Engine, Output, Request, SamplingParams
 from nmm_serve.errors import ImageError
 from nmm_serve.evals import caption, latency, vqa
@@ -26,6 +28,10 @@ VQA_MAX_TOKENS = 16
 CAPTION_MAX_TOKENS = 64
 SAMPLE_IMAGES = 12
 _SAMPLE_PIXELS = 224
+_AT_ONCE = {"torch": "batch_size", "vllm": "max_num_seqs", "openai": "concurrency"}
+"""What each engine calls the number of requests that it runs at once."""
+_LEAST_DEFAULT = 16
+"""The smallest of their defaults."""
 
 StartTask = Callable[[str, int], Callable[[int], None]]
 """Called with a task's name and its number of items; gives back what to call with each count of finished ones."""
@@ -45,8 +51,8 @@ class Options:
     name: str | None = None
     """How the model is called in tables; its folder's name by default."""
     limit: int | None = None
-    batch_size: int = 64
-    """Requests handed to the engine at once; their images are all that is in memory."""
+    chunk_size: int = 128
+    """Requests handed to the engine in one call; no other images are in memory. The engine batches as it sees fit."""
     seed: int = 0
     load: Load = field(default_factory=Load)
 
@@ -75,6 +81,19 @@ def load_data(options: Options) -> Data:
     images = load_captions(options.files, options.limit) if "caption" in options.tasks else None
     latency_images = _latency_images(options.files, questions, images) if "latency" in options.tasks else ()
     return Data(questions, images, latency_images)
+
+
+def open_for(options: Options, model: str, engine: str | None, batch_size: int | None) -> Engine:
+    """Open the model so that `batch_size` requests, and as many as the latency tasks need, run at once.
+
+    Raises EngineError for an unknown engine or one that does not fit the model.
+    """
+    kind = engine or ("openai" if model.startswith(("http://", "https://")) else "torch")
+    needed = max(options.load.concurrencies) if "latency" in options.tasks else 1
+    settings = {}
+    if kind in _AT_ONCE and (batch_size or needed > _LEAST_DEFAULT):
+        settings[_AT_ONCE[kind]] = max(batch_size or 1, needed)
+    return open_engine(model, engine, **settings)
 
 
 def evaluate(engine: Engine, data: Data, options: Options, start_task: StartTask = _no_progress) -> Record:
@@ -117,18 +136,18 @@ def ask(
     engine: Engine,
     samples: Iterable[tuple[Id, Path, str]],
     max_tokens: int,
-    batch_size: int,
+    chunk_size: int,
     progress: Callable[[int], None],
 ) -> Iterator[_Answer]:
-    """Greedy answers to (id, image file, text) in order. Only one batch of images is in memory at a time.
+    """Greedy answers to (id, image file, text) in order. Only one chunk of images is in memory at a time.
 
     An image that cannot be read becomes a failed answer like a request that failed in the engine.
     """
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
-    for batch in _batches(samples, batch_size):
+    for chunk in _chunks(samples, chunk_size):
         requests: list[Request] = []
         unreadable: dict[int, str] = {}
-        for position, (_, image_file, text) in enumerate(batch):
+        for position, (_, image_file, text) in enumerate(chunk):
             content = [{"type": "image"}, {"type": "text", "text": text}]
             try:
                 image = load_image(image_file)
@@ -139,7 +158,7 @@ def ask(
                 Request(messages=[{"role": "user", "content": content}], images=(image,), sampling=sampling)
             )
         outputs = iter(engine.generate(requests, progress) if requests else [])
-        for position, (sample_id, _, _) in enumerate(batch):
+        for position, (sample_id, _, _) in enumerate(chunk):
             if position in unreadable:
                 progress(1)
                 yield _Answer(sample_id, Output(text="", finish_reason="error", error=unreadable[position]))
@@ -147,15 +166,10 @@ def ask(
                 yield _Answer(sample_id, next(outputs))
 
 
-def _batches(samples: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    batch: list[Any] = []
-    for sample in samples:
-        batch.append(sample)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def _chunks(samples: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    rest = iter(samples)
+    while chunk := list(itertools.islice(rest, size)):
+        yield chunk
 
 
 def _run_vqa(
@@ -163,7 +177,7 @@ def _run_vqa(
 ) -> dict[str, Any]:
     progress = start_task("vqa", len(data.questions))
     samples = ((q.question_id, q.image, VQA_PROMPT.format(question=q.text)) for q in data.questions)
-    answers = {a.id: a.output for a in ask(engine, samples, VQA_MAX_TOKENS, options.batch_size, progress)}
+    answers = {a.id: a.output for a in ask(engine, samples, VQA_MAX_TOKENS, options.chunk_size, progress)}
     good = [q for q in data.questions if answers[q.question_id].error is None]
     scored = vqa.score(good, {q.question_id: answers[q.question_id].text.strip() for q in good}) if good else None
     per_question = dict(zip((q.question_id for q in good), scored.accuracies, strict=True)) if scored else {}
@@ -233,7 +247,7 @@ def _run_caption(
 ) -> dict[str, Any]:
     progress = start_task("caption", len(data.images))
     samples = ((i.image_id, i.image, CAPTION_PROMPT) for i in data.images)
-    answers = {a.id: a.output for a in ask(engine, samples, CAPTION_MAX_TOKENS, options.batch_size, progress)}
+    answers = {a.id: a.output for a in ask(engine, samples, CAPTION_MAX_TOKENS, options.chunk_size, progress)}
     good = [i for i in data.images if answers[i.image_id].error is None]
     scored = None
     if good:

@@ -71,7 +71,11 @@ def _engine(record: Record) -> Cell:
 
 def _parameters(record: Record) -> Cell:
     value = record["model"]["parameters"]
-    return Cell(value, _count(value)) if value else Cell(None, MISSING)
+    if not value:
+        return Cell(None, MISSING)
+    counted = ((record["model"]["run"] or {}).get("params") or {}).get("active")
+    active = f" ({_count(counted)} active)" if counted and counted != value else ""
+    return Cell(value, _count(value) + active)
 
 
 def _count(value: float) -> str:

@@ -10,7 +10,7 @@ from eval_fakes import FakeEngine, failed, image_tag, oracle, write_dataset
 
 pytest.importorskip("pycocoevalcap", reason="needs the extra `evals`")
 
-import nmm_serve.engines
+import nmm_serve.evals.run
 from nmm_serve.cli.eval import main
 from nmm_serve.evals import caption
 from nmm_serve.evals.tokenizer import FallbackTokenizer
@@ -32,14 +32,14 @@ def engine(monkeypatch):
         opened.append(FakeEngine(oracle, model))
         return opened[-1]
 
-    monkeypatch.setattr(nmm_serve.engines, "open_engine", open_engine)
+    monkeypatch.setattr(nmm_serve.evals.run, "open_engine", open_engine)
     return opened
 
 
 @pytest.fixture
 def broken_engine(monkeypatch):
     fake = FakeEngine(lambda r: failed("boom") if image_tag(r) == 20 else oracle(r))
-    monkeypatch.setattr(nmm_serve.engines, "open_engine", lambda *_args, **_options: fake)
+    monkeypatch.setattr(nmm_serve.evals.run, "open_engine", lambda *_args, **_options: fake)
     return fake
 
 

@@ -76,13 +76,13 @@ def test_a_coin_scores_chance_within_its_interval(data, tmp_path):
     assert interval["low"] <= 50 <= interval["high"]
 
 
-@pytest.mark.parametrize("batch_size", [1, 5, 100])
-def test_batch_size_does_not_change_a_score(run, batch_size):
+@pytest.mark.parametrize("chunk_size", [1, 5, 100])
+def test_chunk_size_does_not_change_a_score(run, chunk_size):
     def sometimes(request):
         return says(big(image_tag(request) // 20) if image_tag(request) % 40 else "no")
 
-    record, items, engine = run(sometimes, batch_size=batch_size)
-    assert max(engine.batches) <= batch_size
+    record, items, engine = run(sometimes, chunk_size=chunk_size)
+    assert max(engine.batches) <= chunk_size
     assert record["tasks"]["vqa"]["accuracy"] == 33.33
     assert [item["question_id"] for item in items] == sorted(item["question_id"] for item in items)
 
@@ -198,7 +198,7 @@ def test_nan_is_not_written(tmp_path):
     assert not (tmp_path / "r.json").exists()
 
 
-def test_one_batch_of_images_at_a_time(run, monkeypatch):
+def test_one_chunk_of_images_at_a_time(run, monkeypatch):
     from nmm_serve.evals import run as module
 
     loaded = []
@@ -210,5 +210,5 @@ def test_one_batch_of_images_at_a_time(run, monkeypatch):
         held.append(len(loaded))
         return oracle(request)
 
-    run(answer, batch_size=2)
+    run(answer, chunk_size=2)
     assert held == [2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12]
