@@ -5,12 +5,14 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nmm_serve.train.data import builtin
 from nmm_serve.train.data.builtin import words
+from nmm_serve.train.data.builtin.render import RGB
 from nmm_serve.train.data.builtin.words import CELLS, COLORS, KINDS, SHAPES, SIZES
 
 SPLITS = ("train", "val", "test")
@@ -346,6 +348,36 @@ def test_interleaved_documents_alternate_text_and_pictures_and_count_right():
                 "first and second and third", "first, second and third"
             )
     assert len(ends) > 3
+
+
+def ink(image):
+    return np.asarray(image).min(axis=2) < 150  # paper is lighter, and every color has one dark channel
+
+
+def pixels_of(image, color):
+    return (ink(image) & (np.abs(np.asarray(image).astype(int) - RGB[color]).sum(axis=2) < 60)).sum()
+
+
+def test_what_changed_between_two_pictures_can_be_seen():
+    checked = Counter()
+    for i in range(300):
+        document = builtin.interleaved_document("val", i)
+        if document[0] != "Here is the first picture.":
+            continue
+        _, before, _, after, end = document
+        color = re.fullmatch(rf"The .+ in the first picture is ({'|'.join(COLORS)}) in the second picture\.", end)
+        if color:
+            assert pixels_of(after, color[1]) > pixels_of(before, color[1]) + 20
+            checked["color"] += 1
+        elif end.endswith(" is gone in the second picture."):
+            assert ink(before).sum() > ink(after).sum() + 15
+            checked["gone"] += 1
+        else:
+            shape = rf"The .+ in the first picture is an? ({'|'.join(SHAPES)}|\d) in the second picture\."
+            assert re.fullmatch(shape, end)
+            checked["shape"] += 1
+    assert min(checked.values()) > 10
+    assert len(checked) == 3
 
 
 def listed(text):
