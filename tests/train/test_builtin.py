@@ -139,7 +139,8 @@ def test_pictures_show_the_colors_of_the_scene_on_light_paper():
             paper[box] = False
             ink = pixels[box].reshape(-1, 3)
             darkest = ink[ink.min(axis=1).argmin()]
-            nearest = min(RGB, key=lambda name, seen=darkest: np.abs(np.array(RGB[name]) - seen).sum())
+            distance = {name: np.abs(np.array(rgb) - darkest).sum() for name, rgb in RGB.items()}
+            nearest = min(distance, key=distance.__getitem__)
             wrong += nearest != o.color
             shown += 1
         assert pixels[paper].min() > 180
@@ -205,7 +206,9 @@ def assert_relation_holds(caption, objects):
         assert [(o.size, o.color, o.noun, o.cell) for o in objects] == [alone.groups()]
         return
     words = "to the left of|to the right of|above|below"
-    size, color, noun, word, *second = re.fullmatch(rf"{named} ({words}) {named}\.", caption, re.IGNORECASE).groups()
+    told = re.fullmatch(rf"{named} ({words}) {named}\.", caption, re.IGNORECASE)
+    assert told
+    size, color, noun, word, *second = told.groups()
     holds = {
         "to the left of": lambda p, q: p.x < q.x,
         "to the right of": lambda p, q: p.x > q.x,

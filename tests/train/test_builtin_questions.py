@@ -3,6 +3,7 @@
 import itertools
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,7 +104,7 @@ SIDE = "(to the left of|to the right of|above|below)"
 NAME = r"((?:\w+ ){0,2}\w+)"
 CELL = f"({'|'.join(CELLS)})"
 # Tried in order: the first pattern that is the whole question solves it.
-SOLVERS = {
+SOLVERS: dict[str, tuple[str, Callable]] = {
     rf"How many {NAME} are (?:there|in the picture)\?": ("counting", lambda s, n: number_of(s, n)),
     r"What is the sum of the two digits\?": ("comparison", digit_sum),
     rf"What color is the object in the {CELL}\?": ("recognition", lambda s, c: at(s, c).color),
@@ -276,9 +277,11 @@ def check_scene(text):
 
 def check_chain(text):
     word = f"({'|'.join(BACK)})"
-    a, first, b, b2, second, c, d, third, e = re.fullmatch(
+    told = re.fullmatch(
         rf"The (.+) is {word} the (.+)\. The (.+) is {word} the (.+)\. So the (.+) is {word} the (.+)\.", text
-    ).groups()
+    )
+    assert told
+    a, first, b, b2, second, c, d, third, e = told.groups()
     assert first == second
     assert b == b2
     assert len({a, b, c}) == 3
@@ -321,7 +324,7 @@ def test_every_text_paragraph_is_true():
         r"There is ": check_scene, r"The ": check_chain, r"Count ": check_counting, r"\d": check_arithmetic,
         r"(Anna|Ben|Carla|David) has ": check_story,
     }  # fmt: skip
-    seen = Counter()
+    seen: Counter[str] = Counter()
     for i in range(500):
         for paragraph in builtin.text_document("train", i).split("\n"):
             start = next(start for start in checks if re.match(start, paragraph))
@@ -331,7 +334,7 @@ def test_every_text_paragraph_is_true():
 
 
 def test_interleaved_documents_alternate_text_and_pictures_and_count_right():
-    ends = Counter()
+    ends: Counter[str] = Counter()
     for i in range(200):
         document = builtin.interleaved_document("train", i)
         assert [isinstance(part, str) for part in document] == [k % 2 == 0 for k in range(len(document))]
@@ -342,7 +345,7 @@ def test_interleaved_documents_alternate_text_and_pictures_and_count_right():
             told = [sum(n for n in listed(text)) for text in document[:-1:2]]
             stated = [NUMBERS[n] for n in re.findall(r"picture has (\w+) object", end)]
             assert told == stated
-            most = re.search(r"The ([^.]*) pictures? (?:has|have) the most\.$", end).group(1)
+            (most,) = re.findall(r"The ([^.]*) pictures? (?:has|have) the most\.$", end)
             order = ("first", "second", "third")
             assert most == " and ".join(order[k] for k in range(len(told)) if told[k] == max(told)).replace(
                 "first and second and third", "first, second and third"
@@ -359,7 +362,7 @@ def pixels_of(image, color):
 
 
 def test_what_changed_between_two_pictures_can_be_seen():
-    checked = Counter()
+    checked: Counter[str] = Counter()
     for i in range(300):
         document = builtin.interleaved_document("val", i)
         if document[0] != "Here is the first picture.":
