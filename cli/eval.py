@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from nmm_serve.cli.errors import Group, ItemsFailed
-from nmm_serve.cli.render import note, print_json, print_table, progress_bars
+from nmm_serve.cli.render import note, print_json, print_table, progress_bars, quiet_stdout
 
 _FILE = click.Path(path_type=Path)
 _SHOWN_FAILURES = 5
@@ -142,17 +142,18 @@ def _evaluate(tasks: tuple[str, ...], options: dict[str, Any]) -> None:
         tasks=tasks, files=files, out=out, name=name, limit=options["limit"], seed=options["seed"], load=load,
     )  # fmt: skip
     data = load_data(plan)  # before the model: a wrong path should not cost the time to load one
-    engine = open_for(plan, model, options["engine"], options["batch_size"])
-    try:
-        with progress_bars() as bars:
+    with quiet_stdout():
+        engine = open_for(plan, model, options["engine"], options["batch_size"])
+        try:
+            with progress_bars() as bars:
 
-            def start_task(task: str, total: int) -> Callable[[int], None]:
-                bar = bars.add_task(task, total=total)
-                return lambda count: bars.advance(bar, count)
+                def start_task(task: str, total: int) -> Callable[[int], None]:
+                    bar = bars.add_task(task, total=total)
+                    return lambda count: bars.advance(bar, count)
 
-            record = evaluate(engine, data, plan, start_task)
-    finally:
-        engine.close()
+                record = evaluate(engine, data, plan, start_task)
+        finally:
+            engine.close()
     if options["as_json"]:
         print_json(record)
     else:

@@ -1,9 +1,10 @@
 """What the commands show: tables and JSON on stdout, progress bars and notes on stderr."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import click
@@ -20,6 +21,20 @@ def stderr_console() -> Console:
 def note(message: str) -> None:
     """One line for the reader on stderr, so that stdout stays clean for `--json`."""
     stderr_console().print(Text(message))
+
+
+@contextmanager
+def quiet_stdout() -> Iterator[None]:
+    """What libraries print goes to stderr meanwhile, child processes and C code included: stdout is for the result."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
 
 
 def print_json(document: Any) -> None:

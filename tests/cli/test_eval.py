@@ -1,6 +1,7 @@
 """nmm-eval from the command line, with engines of known answers in place of models."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -72,6 +73,20 @@ def test_json_is_one_document_on_stdout(data, engine, task):
     result = run(task, "--model", "m", "--data", data, "--json", *quick)
     assert result.exit_code == 0, result.stderr
     assert list(json.loads(result.stdout)["tasks"]) == [task]
+
+
+def test_what_an_engine_prints_stays_off_stdout(data, monkeypatch, capfd):
+    def noisy(request):
+        print("from Python")
+        os.write(1, b"from C")
+        return oracle(request)
+
+    monkeypatch.setattr(nmm_serve.evals.run, "open_engine", lambda *_args, **_options: FakeEngine(noisy))
+    result = run("vqa", "--model", "m", "--data", data, "--json")
+    json.loads(result.stdout)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "from C" in err
 
 
 def test_failed_items_exit_1_and_are_named_and_the_record_is_kept(data, broken_engine, tmp_path):
