@@ -152,7 +152,7 @@ def server_command(checkpoint: Path, config: "NMMConfig", options: ServerOptions
         *command,
         *options.extra,
         *("--host", options.host, "--port", str(port)),
-        *("--middleware", "nmm_serve.server_limits.Gate"),
+        *("--middleware", "nmm_serve.server_gate.Gate"),
         "--disable-chunked-mm-input",
         *domains,
     ]
