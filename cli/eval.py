@@ -184,6 +184,10 @@ def _print_comparison(records: list[dict[str, Any]], as_json: bool) -> None:
         titles = [column.title for column in columns]
         print_json({"rows": [dict(zip(titles, (c.value for c in row), strict=True)) for row in rows], "notes": notes})
         return
-    print_table("", [column.title for column in columns], [[cell.text for cell in row] for row in rows])
+    print_table("", [column.title for column in columns], [[_cell(cell) for cell in row] for row in rows])
     for line in notes:
         note(line)
+
+
+def _cell(cell: Any) -> str:
+    return f"{cell.text} {cell.detail}".rstrip()

@@ -161,9 +161,8 @@ def quality_against_latency(records: Sequence[Record]) -> str | None:
                 low, high = _span(y, interval)
                 axes.errorbar(x, y, yerr=[[low], [high]], fmt="o", color=_colour(index), ms=7, elinewidth=1)
                 axes.annotate(record["model"]["name"], (x, y), xytext=(7, 5), textcoords="offset points")
-            axes.set_xlim(left=0)
-            axes.margins(x=0.25, y=0.2)
-            axes.set_xlim(left=0)
+            axes.margins(y=0.2)
+            axes.set_xlim(0, 1.25 * max(filter(None, map(e2e_ms, records))))
             axes.set_xlabel("median end-to-end latency, ms")
             axes.set_ylabel(title)
     return figure.svg

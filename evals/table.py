@@ -20,10 +20,11 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """`value` sorts, `text` is shown; both empty when the record does not hold the number."""
+    """`value` sorts, None when the record does not hold the number; `text` is shown, `detail` beside or below it."""
 
     value: float | str | None
     text: str
+    detail: str = ""
 
 
 def comparison(records: Sequence[Record]) -> tuple[list[Column], list[list[Cell]]]:
@@ -74,8 +75,7 @@ def _parameters(record: Record) -> Cell:
     if not value:
         return Cell(None, MISSING)
     counted = ((record["model"]["run"] or {}).get("params") or {}).get("active")
-    active = f" ({_count(counted)} active)" if counted and counted != value else ""
-    return Cell(value, _count(value) + active)
+    return Cell(value, _count(value), f"{_count(counted)} active" if counted and counted != value else "")
 
 
 def _count(value: float) -> str:
@@ -90,7 +90,11 @@ def _vqa(record: Record) -> Cell:
     value, interval = section.get("accuracy"), section.get("interval")
     if value is None:
         return Cell(None, "failed" if section.get("failed") else MISSING)
-    return Cell(value, f"{value:.2f}" + (f" [{interval['low']:.1f}, {interval['high']:.1f}]" if interval else ""))
+    return Cell(value, f"{value:.2f}", _brackets(interval, 1))
+
+
+def _brackets(interval: dict[str, Any] | None, digits: int) -> str:
+    return f"[{interval['low']:.{digits}f}, {interval['high']:.{digits}f}]" if interval else ""
 
 
 def _baseline(key: str) -> Any:
@@ -108,10 +112,7 @@ def _metric(name: str, digits: int) -> Any:
         if value is None:
             return Cell(None, "failed" if section.get("failed") else MISSING)
         interval = (section.get("intervals") or {}).get(name)
-        text = f"{value:.{digits}f}"
-        if interval:
-            text += f" [{interval['low']:.{digits}f}, {interval['high']:.{digits}f}]"
-        return Cell(value, text)
+        return Cell(value, f"{value:.{digits}f}", _brackets(interval, digits))
 
     return cell
 
