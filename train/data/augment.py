@@ -1,4 +1,4 @@
-"""The paper's image augmentation: RandomResizedCrop with scale 0.4 to 1, and a horizontal flip of every second image."""
+"""The paper's image augmentation: RandomResizedCrop at scale 0.4 to 1, and a horizontal flip of half the images."""
 
 import math
 import random

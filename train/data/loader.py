@@ -73,8 +73,8 @@ class PackedLoader(Iterator[Batch]):
     `rank` of `world_size` processes reads every world_size-th document of one common order.
 
     Bad documents (an image that is missing, damaged or of no use, no text, too long with images) are logged by
-    name, counted in `stats.bad` and left out. When more than `max_bad_share` of a source's documents are bad, judged from
-    its first 100 on, or 32 of a source in a row, iteration raises DataError.
+    name, counted in `stats.bad` and left out. When more than `max_bad_share` of a source's documents are bad, judged
+    from its first 100 on, or 32 of a source in a row, iteration raises DataError.
     """
 
     def __init__(
@@ -125,15 +125,18 @@ class PackedLoader(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         if self._stream is None:
-            self._stream = self._documents()
+            pending = [self._items[position] for position in self._restored]
+            walk = Walk(self._mixture, self._seed, self._walk.position, self._walk.counts)
+            order = _Chunks(pending, walk, self._rank, self._world_size)
+            self._stream = _encoded(self._dataset, order, self._num_workers)
         rows = []
         for _ in range(self._rows):
             # the buffer is filled before each row, so that batches of other sizes hold the same rows
             while len(self._packer) < LOOKAHEAD or self._restored:
                 self._take(*self._next_document())
             rows.append(self._packer.row())
-        pending = {position for position, _ in self._packer.pending()}
-        self._items = {position: item for position, item in self._items.items() if position in pending}
+        waiting = {position for position, _ in self._packer.pending()}
+        self._items = {position: item for position, item in self._items.items() if position in waiting}
         batch = collate(rows, self._packer.context_length, self._pad_id)
         tokens = int((batch["document_ids"] > 0).sum())
         self.stats.tokens += tokens
@@ -226,35 +229,9 @@ class PackedLoader(Iterator[Batch]):
         too_many = total >= MIN_DOCUMENTS and count > self._max_bad_share * total
         if too_many or self._in_a_row[source] >= MAX_IN_A_ROW:
             raise DataError(
-                f"{count} of {total} documents of source {source!r} are bad, over max_bad_share {self._max_bad_share:g} "
-                f"or {MAX_IN_A_ROW} in a row; the last: {'; '.join(self._last_bad)}"
+                f"{count} of {total} documents of source {source!r} are bad, over max_bad_share "
+                f"{self._max_bad_share:g} or {MAX_IN_A_ROW} in a row; the last: {'; '.join(self._last_bad)}"
             )
-
-    def _documents(self) -> Iterator[tuple[Item, list[Piece] | Bad]]:
-        """Encoded documents in order: first those that were pending at a resume, then the walk."""
-        pending = [self._items[position] for position in self._restored]
-        walk = Walk(self._mixture, self._seed, self._walk.position, self._walk.counts)
-        loader = DataLoader(
-            self._dataset,
-            batch_sampler=_Chunks(pending, walk, self._rank, self._world_size),
-            num_workers=self._num_workers,
-            collate_fn=_share,
-            prefetch_factor=PREFETCH if self._num_workers else None,
-            worker_init_fn=_ignore_interrupts,
-            # its own generator: the default draws from torch's global one, whose state belongs to the model
-            generator=torch.Generator(),
-        )
-        try:
-            with _quiet_fork():
-                chunks = iter(loader)
-            for chunk, patches in chunks:
-                yield from _unshare(chunk, patches)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise DataError(
-                f"a data worker ended unexpectedly ({error}); out of memory? Try a smaller num_workers, or 0"
-            ) from None
 
 
 def evaluation_batches(
@@ -290,6 +267,34 @@ def evaluation_batches(
         collate(packed[start : start + rows], context_length, processor.tokenizer.pad_token_id)
         for start in range(0, len(packed), rows)
     ]
+
+
+def _encoded(
+    dataset: "_EncodedDocuments", order: "_Chunks", num_workers: int
+) -> Iterator[tuple[Item, list[Piece] | Bad]]:
+    """Encoded documents in order. A function without the loader in sight: a cycle between the two would keep
+    worker processes alive after the loader is gone, and children forked later would inherit their handles."""
+    loader = DataLoader(
+        dataset,
+        batch_sampler=order,
+        num_workers=num_workers,
+        collate_fn=_share,
+        prefetch_factor=PREFETCH if num_workers else None,
+        worker_init_fn=_ignore_interrupts,
+        # its own generator: the default draws from torch's global one, whose state belongs to the model
+        generator=torch.Generator(),
+    )
+    try:
+        with _quiet_fork():
+            chunks = iter(loader)
+        for chunk, patches in chunks:
+            yield from _unshare(chunk, patches)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a data worker ended unexpectedly ({error}); out of memory? Try a smaller num_workers, or 0"
+        ) from None
 
 
 class _EncodedDocuments(Dataset):

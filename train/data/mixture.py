@@ -47,7 +47,8 @@ class Mixture:
 def parse_mixture(config: Mapping[str, Any], base: Path = Path()) -> Mixture:
     """A mixture from `{"sources": [{"name", "kind", "weight", "augment", ...options of the kind}, ...]}`.
 
-    `weight` defaults to 1; weights need not sum to 1. `augment: paper` is off by default. Relative paths start at `base`.
+    `weight` defaults to 1; weights need not sum to 1. `augment: paper` is off by default. Relative paths start at
+    `base`.
 
     Raises ConfigError for unknown names and wrong values, DataError for data that is missing.
     """
