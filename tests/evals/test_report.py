@@ -130,3 +130,19 @@ def test_best_cells_are_marked(make, page):
     (row_a, row_b) = re.findall(r"<tr><td data-value=\"[ab]\">.*?</tr>", text)
     assert re.search(r'class="best">100\.00', row_a)
     assert 'class="best">50.00' not in row_b
+
+
+def test_training_curves_are_drawn_from_the_run(make, page):
+    path = make("trained", tasks=("vqa",))
+    record = json.loads(path.read_text())
+    record["model"]["run"] = {
+        "history": [{"step": i, "tokens": 100 * i, "flops": 1.0, "loss": 5.0 / i} for i in range(1, 9)],
+        "validation": [{"step": 8, "tokens": 800, "loss_vqa": 1.0, "loss_avg": 1.0}],
+    }
+    path.write_text(json.dumps(record))
+    text = page(path)
+    assert "<h2>Training</h2>" in text
+    assert "validation loss" in text
+    record["model"]["run"]["validation"] = []
+    path.write_text(json.dumps(record))
+    assert "validation loss" not in page(path)
