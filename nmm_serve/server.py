@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nmm_serve.errors import CheckpointError, ConfigError, EngineError, unknown_name
+from nmm_serve.server_gate import PARENT
 
 if TYPE_CHECKING:
     from nmm_serve.config import NMMConfig
@@ -84,8 +85,9 @@ def eager(options: ServerOptions) -> bool:
 def check_flags(options: ServerOptions) -> None:
     """Raises ConfigError for flags that contradict the command's own options or its guards."""
     for name in flag_names(options.extra):
-        if name in OWN_FLAGS:
-            raise ConfigError(f"--{name} cannot be passed on to vLLM: {OWN_FLAGS[name]}")
+        for own, instead in OWN_FLAGS.items():
+            if own.startswith(name):  # vLLM takes a flag's beginning for the flag
+                raise ConfigError(f"--{own} cannot be passed on to vLLM: {instead}")
         for own, value in (("dtype", options.dtype != "auto"), ("max-model-len", options.max_model_len is not None)):
             if name == own and value:
                 raise ConfigError(f"--{name} was given twice")
@@ -176,7 +178,7 @@ def server_environment(options: ServerOptions) -> dict[str, str]:
     guards = {"VLLM_MEDIA_CONNECTOR": "nmm", "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0", "PYTHONSAFEPATH": "1"}
     # the environment, since other users can read a command line
     key = {"VLLM_API_KEY": options.api_key} if options.api_key else {}
-    return {**defaults, **os.environ, **guards, **key}
+    return {**defaults, **os.environ, **guards, **key, PARENT: str(os.getpid())}
 
 
 class Server:

@@ -10,10 +10,15 @@ import hmac
 import importlib
 import json
 import os
+import signal
+import threading
+import time
 from typing import Any
 
 MAX_BODY_BYTES = 64 * 2**20
 MAX_DISCARD_BYTES, DISCARD_S = 4 * MAX_BODY_BYTES, 10
+PARENT = "NMM_SERVE_PARENT"
+"""Environment variable with the process that launched the server."""
 OPEN_PATHS = ("/health",)
 """What a load balancer needs before it knows a key."""
 
@@ -27,6 +32,8 @@ class Gate:
 
     def __init__(self, app: Any):
         importlib.import_module("nmm_serve.server_images")
+        if parent := os.environ.get(PARENT):
+            threading.Thread(target=end_with, args=(int(parent),), daemon=True).start()
         self.app = app
         key = os.environ.get("VLLM_API_KEY")
         self.key_digest = hashlib.sha256(key.encode()).digest() if key else None
@@ -77,6 +84,13 @@ class BodyLimit:
         self._answering = True
         if not self._refused:
             await self._send(message)
+
+
+def end_with(parent: int) -> None:
+    """Stop the server when its launcher is gone, even if that was killed: nobody would find it otherwise."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 async def discard(receive: Any) -> None:

@@ -99,6 +99,7 @@ def test_flag_names():
         ({"extra": ("--trust-remote-code",)}, "never run"),
         ({"extra": ("--model=other",)}, "the checkpoint is the command's argument"),
         ({"extra": ("--uds", "/x")}, "--uds cannot"),
+        ({"extra": ("--allowed-media-d", "x")}, "--allowed-media-domains cannot"),
         ({"extra": ("--dtype", "float16"), "dtype": "float32"}, "--dtype was given twice"),
         ({"media_domains": ("https://a.example/x",)}, "without http://"),
         ({"media_domains": ("",)}, "not a host name"),
@@ -149,8 +150,8 @@ USAGE = "usage: api_server.py [-h] [--max-num-seqs MAX]\n  [--max-model-len N]\n
 @pytest.mark.parametrize(
     ("log", "kind", "told"),
     [
-        (USAGE + "api_server.py: error: unrecognized arguments: --max-num-seq 3", ConfigError,
-         "unknown option '--max-num-seq'. Did you mean '--max-num-seqs'? See: nmm-serve launch --help"),
+        (USAGE + "api_server.py: error: unrecognized arguments: --max-num-seqz 3", ConfigError,
+         "unknown option '--max-num-seqz'. Did you mean '--max-num-seqs'? See: nmm-serve launch --help"),
         (USAGE + "api_server.py: error: unrecognized arguments: --prot 3", ConfigError,
          "unknown option '--prot'. Did you mean '--port'? See: nmm-serve launch --help"),
         (USAGE + "api_server.py: error: argument --dtype: invalid choice: 'x'", ConfigError,

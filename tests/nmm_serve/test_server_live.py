@@ -1,0 +1,293 @@
+"""The real server, started as a user starts it, asked with the official client. One start serves all tests."""
+
+import base64
+import io
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+from tiny_checkpoint import make_checkpoint
+
+pytest.importorskip("vllm")
+pytest.importorskip("openai")
+
+import openai
+
+from nmm_serve.engines.base import Request, SamplingParams, ScoreRequest
+from nmm_serve.engines.openai import OpenAIEngine
+from nmm_serve.engines.torch import TorchEngine
+
+pytestmark = pytest.mark.slow
+
+KEY = "sesame"
+LAUNCH = [str(Path(sys.executable).parent / "nmm-serve"), "launch"]
+
+
+class Live:
+    def __init__(self, folder: Path):
+        self.checkpoint = make_checkpoint(folder / "tiny")
+        self.log = folder / "vllm.log"
+        self.process = subprocess.Popen(
+            [*LAUNCH, str(self.checkpoint), "--port", "0", "--api-key", KEY, "--log-file", str(self.log)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        ready = self.process.stdout.readline()
+        if not ready.startswith("Ready: "):
+            self.process.kill()
+            pytest.fail(f"the server did not start: {ready}{self.process.stderr.read()}")
+        self.url = re.match(r"Ready: (http://127\.0\.0\.1:\d+)/v1 \(model tiny\)", ready)[1]
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0)
+
+    def chat(self, *content, **options):
+        options = {"model": "tiny", "max_tokens": 8, "temperature": 0} | options
+        return self.client.chat.completions.create(messages=[{"role": "user", "content": list(content)}], **options)
+
+    def get(self, path, key=None):
+        """Status of a plain GET, or of a POST to /tokenize."""
+        body = json.dumps({"model": "tiny", "prompt": "a"}).encode() if path == "/tokenize" else None
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        try:
+            with urllib.request.urlopen(urllib.request.Request(self.url + path, body, headers), timeout=30) as answer:
+                return answer.status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory):
+    server = Live(tmp_path_factory.mktemp("live"))
+    yield server
+    if server.process.poll() is None:
+        server.process.terminate()
+        server.process.wait(timeout=60)
+
+
+@pytest.fixture(autouse=True)
+def _still_healthy(live):
+    before = live.process.poll()
+    yield
+    if before is None and live.process.poll() is None:
+        assert live.get("/health") == 200
+
+
+@pytest.fixture(scope="module")
+def oracle(live):
+    return TorchEngine(str(live.checkpoint))
+
+
+def text(words):
+    return {"type": "text", "text": words}
+
+
+def picture(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return raw_image(buffer.getvalue())
+
+
+def raw_image(data):
+    return url_image("data:image/png;base64," + base64.b64encode(data).decode())
+
+
+def url_image(url):
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def scene(seed, size=(50, 80)):
+    image = Image.new("RGB", size, (seed * 40 % 256, 90, 200))
+    ImageDraw.Draw(image).ellipse((5, 5, 30 + seed, 40), fill=(250, seed * 30 % 256, 0))
+    return image
+
+
+def question(*images, words="what is the colour of the circle ?", **sampling):
+    content = [*({"type": "image"} for _ in images), text(words)]
+    sampling = SamplingParams(**{"max_tokens": 16} | sampling)
+    return Request(messages=[{"role": "user", "content": content}], images=images, sampling=sampling)
+
+
+def test_text_image_and_usage(live, oracle):
+    answer = live.chat(text("what is"), max_tokens=5, extra_body={"ignore_eos": True})
+    expected = oracle.encode(question(words="what is")).input_ids
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(expected), 5)
+    assert answer.usage.total_tokens == len(expected) + 5
+    answer = live.chat(picture(scene(1)), text("what is"))
+    assert answer.usage.prompt_tokens == len(oracle.encode(question(scene(1), words="what is")).input_ids)
+    assert answer.choices[0].finish_reason in ("stop", "length")
+
+
+def test_streamed_and_whole_answers_are_equal(live):
+    for content in ([text("describe the image .")], [picture(scene(2)), text("what is")]):
+        whole = live.chat(*content, max_tokens=40)
+        chunks = list(live.chat(*content, max_tokens=40, stream=True, stream_options={"include_usage": True}))
+        streamed = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+        assert streamed == whole.choices[0].message.content
+        assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[0].finish_reason
+        assert chunks[-1].usage == whole.usage
+
+
+def test_tokens_equal_the_torch_engines(live, oracle):
+    requests = [
+        question(), question(scene(1)), question(scene(2), scene(3, (90, 30))), question(words="<|image|> typed"),
+        question(scene(4), ignore_eos=True, logprobs=True), question(scene(5), stop=("e",)),
+    ]  # fmt: skip
+    served = OpenAIEngine(live.url, api_key=KEY).generate(requests)
+    for output, expected in zip(served, oracle.generate(requests), strict=True):
+        assert output.error is None
+        assert output.text == expected.text.rstrip("\ufffd")  # the server keeps half a character to itself
+        assert output.num_prompt_tokens == expected.num_prompt_tokens
+        assert output.finish_reason == expected.finish_reason
+        if expected.finish_reason != "stop":
+            assert output.token_ids == expected.token_ids
+            assert output.num_tokens == expected.num_tokens == len(output.timing.token_s)
+    assert served[4].logprobs == pytest.approx(oracle.generate(requests)[4].logprobs, abs=1e-3)
+
+
+def test_likelihoods_equal_the_torch_engines(live, oracle):
+    pairs = (("the colour of", " the circle is red"), ("describe", " the image"), ("", "x"))
+    requests = [ScoreRequest(context=context, continuation=continuation) for context, continuation in pairs]
+    served = OpenAIEngine(live.url, api_key=KEY).loglikelihood(requests)
+    for score, expected in zip(served, oracle.loglikelihood(requests), strict=True):
+        assert score.logprob == pytest.approx(expected.logprob, abs=1e-3)
+        assert (score.is_greedy, score.num_tokens) == (expected.is_greedy, expected.num_tokens)
+
+
+def test_concurrent_answers_are_not_mixed_up(live):
+    engine = OpenAIEngine(live.url, api_key=KEY)
+    requests = [question(scene(i), words=f"what is {i}") for i in range(12)]
+    together = [output.text for output in engine.generate(requests)]
+    alone = [engine.generate([request])[0].text for request in requests]
+    assert together == alone
+    assert len(set(alone)) > 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 1), (1, 3), (64, 4)])
+def test_odd_sizes(live, size):
+    assert live.chat(picture(Image.new("RGB", size, "red")), text("what")).choices[0].finish_reason
+
+
+@pytest.mark.parametrize(
+    ("image", "told"),
+    [
+        (url_image("http://example.com/a.png"), "no images from other hosts"),
+        (url_image("http://169.254.169.254/latest"), "no images from other hosts"),
+        (url_image("http://127.0.0.1:22/"), "no images from other hosts"),
+        (url_image("file:///etc/passwd"), "reads no files"),
+        (url_image("data:image/png;base64,@@@"), "not valid base64"),
+        (raw_image(b"no image"), "not a readable image"),
+        ({"type": "video_url", "video_url": {"url": "http://example.com/v.mp4"}}, "At most 0 video"),
+        ({"type": "image_embeds", "image_embeds": "aaaa"}, "enable-mm-embeds"),
+    ],
+)
+def test_images_that_are_refused(live, image, told):
+    with pytest.raises(openai.BadRequestError, match=told):
+        live.chat(image, text("what is this"))
+
+
+def test_a_pixel_bomb_and_a_long_strip_are_refused(live):
+    strip = picture(Image.new("RGB", (2000, 1)))
+    with pytest.raises(openai.BadRequestError, match="longer than 16:1"):
+        live.chat(strip, text("what"))
+    begin = time.monotonic()
+    bomb = io.BytesIO()
+    Image.new("1", (20000, 20000)).save(bomb, "PNG")  # 400 million pixels in 50 kB
+    with pytest.raises(openai.BadRequestError, match="pixels"):
+        live.chat(raw_image(bomb.getvalue()), text("what"))
+    assert time.monotonic() - begin < 20
+
+
+def test_more_images_than_fit_are_refused(live):
+    with pytest.raises(openai.BadRequestError, match=r"At most 15 image\(s\)"):
+        live.chat(*[picture(scene(1))] * 16)
+    with pytest.raises(openai.BadRequestError, match="maximum context length"):
+        live.chat(*[picture(scene(1))] * 12)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"n": 65}, "n must be at most 64"),
+        ({"n": 10**9}, "n must be at most 64"),
+        ({"max_tokens": 10**6}, "max_model_len"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"logit_bias": {"999999": 1}}, "out-of-vocab"),
+        ({"extra_body": {"chat_template": "{{ 1 }}"}}, "untrusted chat template"),
+        ({"extra_body": {"mm_processor_kwargs": {"size": 9999}}}, "mm_processor_kwargs"),
+        ({"extra_body": {"structured_outputs": {"regex": "(((("}}}, "regex"),
+    ],
+)
+def test_bad_parameters_are_refused(live, options, told):
+    with pytest.raises(openai.BadRequestError, match=told):
+        live.chat(text("what"), **options)
+
+
+def test_an_over_long_prompt_is_refused(live):
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 512"):
+        live.chat(text("circle " * 2000))
+
+
+def test_unknown_names_are_refused(live):
+    with pytest.raises(openai.NotFoundError, match="The model `other` does not exist"):
+        live.chat(text("what"), model="other")
+    with pytest.raises(openai.BadRequestError, match="unknown role 'wizard'"):
+        live.client.chat.completions.create(model="tiny", messages=[{"role": "wizard", "content": "x"}])
+
+
+def test_a_body_over_the_limit_is_413(live):
+    with pytest.raises(openai.APIStatusError, match="request body is over the limit") as caught:
+        live.chat(text("x" * (65 * 2**20)))
+    assert caught.value.status_code == 413
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/tokenize", "/metrics", "/version", "//v1/models", "/load"])
+def test_the_key_guards_every_path(live, path):
+    assert live.get(path) == live.get(path, "wrong") == 401
+    assert live.get(path, KEY) in (200, 404)
+
+
+def test_the_key_is_in_no_log_and_no_command_line(live):
+    assert KEY not in live.log.read_text()
+    shown = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert "nmm-serve launch" in shown
+    assert KEY not in shown
+
+
+def test_answers_are_as_at_the_beginning_and_nothing_was_logged(live):
+    secret = "circle7431"
+    assert live.chat(text(secret)).choices[0].finish_reason
+    assert secret not in live.log.read_text()
+    assert "POST /v1" not in live.log.read_text()
+
+
+def test_a_flag_that_vllm_does_not_know(live):
+    command = [*LAUNCH, str(live.checkpoint), "--port", "0", "--max-num-seqz", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1
+    assert "unknown option '--max-num-seqz'. Did you mean '--max-num-seqs'?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_sigterm_lets_running_answers_end_and_exits_cleanly(live):
+    """Ends the server, so nothing can come after it."""
+    answers = []
+    thread = threading.Thread(
+        target=lambda: answers.append(live.chat(text("what"), max_tokens=400, extra_body={"ignore_eos": True}))
+    )
+    thread.start()
+    time.sleep(0.5)
+    live.process.terminate()
+    thread.join(timeout=60)
+    assert answers[0].usage.completion_tokens == 400
+    assert live.process.wait(timeout=60) == 0
+    with pytest.raises(urllib.error.URLError):
+        live.get("/health")
