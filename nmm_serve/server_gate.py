@@ -88,8 +88,10 @@ class BodyLimit:
 
 def end_with(parent: int) -> None:
     """Stop the server when its launcher is gone, even if that was killed: nobody would find it otherwise."""
-    while os.getppid() == parent:
-        time.sleep(1)
+    with contextlib.suppress(ProcessLookupError):
+        while True:
+            os.kill(parent, 0)  # asks only whether it is there
+            time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -2,6 +2,11 @@
 
 import asyncio
 import json
+import os
+import queue
+import signal
+import subprocess
+import threading
 
 import pytest
 
@@ -106,6 +111,21 @@ def test_an_endless_body_is_cut_off():
     status, _, rest = ask(headers=[("content-length", "1000")], body=[b"x" * 10] * 100)
     assert status == 413
     assert len(rest) > 90
+
+
+def test_the_server_ends_with_its_launcher(monkeypatch):
+    launcher = subprocess.Popen(["sleep", "60"])
+    told = queue.Queue()
+    real = os.kill
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: told.put("alive") if launcher.poll() is None else None)
+    monkeypatch.setattr(os, "kill", lambda pid, number: told.put(number) if pid == os.getpid() else real(pid, number))
+    watch = threading.Thread(target=module.end_with, args=(launcher.pid,), daemon=True)
+    watch.start()
+    assert told.get(timeout=10) == "alive"
+    launcher.kill()
+    launcher.wait()
+    watch.join(timeout=10)
+    assert [*told.queue][-1] == signal.SIGTERM
 
 
 @pytest.mark.usefixtures("_small")
