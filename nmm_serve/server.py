@@ -176,6 +176,7 @@ def server_environment(options: ServerOptions) -> dict[str, str]:
         if eager(options):
             defaults["TORCH_COMPILE_DISABLE"] = "1"  # else the first request with logprobs compiles for 13 s
     guards = {"VLLM_MEDIA_CONNECTOR": "nmm", "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0", "PYTHONSAFEPATH": "1"}
+    guards["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # our own offline engine turns it off for its process
     # the environment, since other users can read a command line
     key = {"VLLM_API_KEY": options.api_key} if options.api_key else {}
     return {**defaults, **os.environ, **guards, **key, PARENT: str(os.getpid())}
