@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -43,9 +43,14 @@ def import_vllm() -> Any:
         os.environ.setdefault(name, value)
     try:
         vllm = importlib.import_module("vllm")
-        from nmm_serve.vllm_plugin import register
+        from nmm_serve.vllm_plugin import ARCHITECTURE, register
 
         register()
+        if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0":
+            # by name, vLLM looks at the class in a new process first; that takes as long as all the rest
+            from nmm_serve.vllm_plugin.model import NMMForConditionalGeneration
+
+            vllm.ModelRegistry.register_model(ARCHITECTURE, NMMForConditionalGeneration)
     except Exception as error:
         raise EngineError(
             f"vLLM {found} is installed but cannot be imported: {type(error).__name__}: {error}. Without a GPU, "
@@ -66,8 +71,8 @@ def installed_vllm() -> str | None:
 class VLLMEngine:
     """vLLM's offline engine.
 
-    A request's clock starts when it is taken up. As many as vLLM runs at once are taken up together; the others wait
-    their turn unclocked, so that a long list does not hold the patches of all its images in memory.
+    A request's clock starts when there is room for it. As many as `max_num_seqs` start together; the others wait their
+    turn unclocked, so that a long list does not hold the patches of all its images in memory.
 
     Args:
         model: checkpoint directory.
@@ -87,6 +92,8 @@ class VLLMEngine:
     """
 
     name = "vllm"
+    open_model: ClassVar[str | None] = None
+    """vLLM keeps its state in module globals, which a second engine in the process would overwrite."""
 
     def __init__(
         self,
@@ -117,6 +124,11 @@ class VLLMEngine:
             )
         self.max_num_seqs = max_num_seqs
         self.vllm = import_vllm()
+        if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0" and VLLMEngine.open_model is not None:
+            raise EngineError(
+                f"a vLLM engine for {VLLMEngine.open_model} is open in this process, and vLLM can run only one; "
+                "close it first"
+            )
         from vllm.engine.arg_utils import EngineArgs
         from vllm.platforms import current_platform
 
@@ -145,9 +157,10 @@ class VLLMEngine:
                 **{"load_format": "safetensors", "use_tqdm_on_load": False} | options,
             )
         except Exception as error:
-            self.close()
+            self.clean_up()
             raise EngineError(f"vLLM could not load {self.model}: {reason(error)}") from error
         self.engine = self.llm.llm_engine
+        VLLMEngine.open_model = self.model
 
     def cpu_cache_bytes(self, config) -> int:
         """KV cache for CPUs, where vLLM would take nearly all memory: room for every running request at full length,
@@ -165,12 +178,16 @@ class VLLMEngine:
     def close(self) -> None:
         """Free the model and the cache. Another engine may be opened in this process afterwards."""
         if self.llm is not None:
-            from vllm.distributed import cleanup_dist_env_and_memory
-
             self.llm.renderer.shutdown()
             self.llm.llm_engine.engine_core.shutdown()
             self.llm = self.engine = None
-            cleanup_dist_env_and_memory()
+            VLLMEngine.open_model = None
+            self.clean_up()
+
+    def clean_up(self) -> None:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()
         torch.set_num_threads = self.set_num_threads
 
     def describe(self) -> dict[str, Any]:
@@ -205,8 +222,10 @@ class VLLMEngine:
             running: dict[str, Generation | Scoring] = {}
             try:
                 while True:
+                    begin = time.perf_counter()
                     while len(running) < self.max_num_seqs and (item := next(waiting, None)):
                         index, task = item
+                        task.begin = begin
                         if self.start(str(index), task):
                             running[str(index)] = task
                         elif progress:
@@ -229,7 +248,7 @@ class VLLMEngine:
         """Hand a task to vLLM; False if it failed before it began."""
         from vllm.exceptions import VLLMClientError
 
-        task.begin = time.perf_counter()
+        start = time.perf_counter()
         try:
             ids, images, params = task.prepare()
             if ids.count(self.processor.image_token_id) != len(images):
@@ -237,12 +256,14 @@ class VLLMEngine:
                     f"the prompt has {ids.count(self.processor.image_token_id)} {IMAGE} marks but {len(images)} images "
                     "were given; give one for each"
                 )
+            loaded = [load_image(image) for image in images]
+            grids = [self.processor.image_processor.grid(*image.size) for image in loaded]
+            task.check(len(ids) + sum(rows * cols + 1 for rows, cols in grids))  # patches, start, end for one mark
             prompt: dict[str, Any] = {"prompt_token_ids": ids}
-            if images:
-                prompt["multi_modal_data"] = {"image": [load_image(image) for image in images]}
+            if loaded:
+                prompt["multi_modal_data"] = {"image": loaded}
             (rendered,) = self.llm.renderer.render_cmpl([prompt])
-            task.check(len(rendered["prompt_token_ids"]))
-            task.preprocess_s = time.perf_counter() - task.begin
+            task.preprocess_s = time.perf_counter() - start
             self.engine.add_request(request_id, rendered, params)
         except (NMMError, VLLMClientError, ValueError) as error:
             task.fail(error)
@@ -331,7 +352,7 @@ class Generation:
         return Output(
             text=text[: min(ends)] if ends else text,
             token_ids=tuple(self.tokens),
-            finish_reason=self.finish_reason,
+            finish_reason="stop" if ends else self.finish_reason,
             num_prompt_tokens=self.num_prompt_tokens,
             num_tokens=len(self.tokens),
             logprobs=tuple(self.logprobs) if self.request.sampling.logprobs else None,

@@ -15,7 +15,7 @@ from vllm.renderers.hf import HfRenderer
 from vllm.renderers.params import ChatParams
 from vllm.utils.async_utils import make_async
 
-from nmm_serve.chat import ImageSlot, Part, Special, message_parts
+from nmm_serve.chat import IMAGE, ImageSlot, Part, Special, message_parts
 from nmm_serve.errors import NMMError
 from nmm_serve.processor import NMMProcessor
 
@@ -75,6 +75,20 @@ class NMMRenderer(HfRenderer):
     def _is_foreign(self, params: ChatParams) -> bool:
         """The operator brought a chat template or prompt embeddings: vLLM's own way."""
         return self.processor is None or params.chat_template is not None or self.model_config.enable_prompt_embeds
+
+    def _process_tokens(self, prompt, **kwargs):
+        self._check_marks(prompt)
+        return super()._process_tokens(prompt, **kwargs)
+
+    async def _process_tokens_async(self, prompt, **kwargs):
+        self._check_marks(prompt)
+        return await super()._process_tokens_async(prompt, **kwargs)
+
+    def _check_marks(self, prompt) -> None:
+        """vLLM counts images only where there are some: a raw prompt could hold a mark that nothing stands behind."""
+        num_marks = prompt["prompt_token_ids"].count(self.model_config.hf_config.image_token_id)
+        if num_marks and not prompt.get("multi_modal_data"):
+            raise VLLMValidationError(f"the prompt has {num_marks} {IMAGE} marks but no images were given")
 
     def render_messages(self, messages, params):
         if self._is_foreign(params):

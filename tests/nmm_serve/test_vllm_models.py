@@ -1,0 +1,109 @@
+"""vLLM against the torch engine: every family, and every setting that changes how a prompt is cut into steps."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from parity_checkpoint import FAMILIES, assert_parity, make_parity_checkpoint, noise_image, parity_requests
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from nmm_serve.engines.base import Request, SamplingParams
+from nmm_serve.engines.torch import TorchEngine
+from nmm_serve.engines.vllm import VLLMEngine
+from nmm_serve.errors import CheckpointError, ConfigError, EngineError
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    made = {}
+
+    def get(family: str) -> str:
+        if family not in made:
+            made[family] = str(make_parity_checkpoint(tmp_path_factory.mktemp(family) / "checkpoint", family))
+        return made[family]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def oracle(checkpoint):
+    return TorchEngine(checkpoint("early"))
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"early"}))
+def test_same_tokens_as_torch(checkpoint, family):
+    requests = parity_requests()
+    reference = TorchEngine(checkpoint(family))
+    with VLLMEngine(checkpoint(family)) as engine:
+        assert_parity(reference, engine, requests)  # together
+        assert_parity(reference, engine, requests[-1:] + requests[:2])  # again, from the prefix cache
+
+
+def test_images_are_never_split(checkpoint, oracle):
+    """A step takes little more than one image, so that most have to wait, some of them more than once."""
+    for prefix_caching in (True, False):
+        with VLLMEngine(checkpoint("early"), max_num_batched_tokens=100, prefix_caching=prefix_caching) as engine:
+            requests = parity_requests() + parity_requests()
+            assert_parity(oracle, engine, requests)
+            assert engine.describe()["prefix_caching"] is prefix_caching
+
+
+def test_image_that_no_step_can_hold(checkpoint):
+    with pytest.raises(EngineError, match="max_num_batched_tokens is 65, but an image of this model takes up to 66"):
+        VLLMEngine(checkpoint("early"), max_num_batched_tokens=65)
+    with pytest.raises(EngineError, match="long_prefill_token_threshold is 40"):
+        VLLMEngine(checkpoint("early"), long_prefill_token_threshold=40)
+
+
+def test_text_only(checkpoint, oracle):
+    """Without images vLLM drops the image front; text must not change."""
+    requests = [r for r in parity_requests() if not r.images]
+    with VLLMEngine(checkpoint("early"), limit_mm_per_prompt={"image": 0}) as engine:
+        assert_parity(oracle, engine, requests)
+        (output,) = engine.generate([Request(prompt="<|image|>", images=[noise_image(0, 8, 8)])])
+        assert "text-only" in output.error
+
+
+def test_bfloat16_stays_near(checkpoint, oracle):
+    """Rounding moves tokens, so only the first token's log-probability is bounded."""
+    requests = [replace(r, sampling=SamplingParams(max_tokens=1, logprobs=True)) for r in parity_requests()]
+    with VLLMEngine(checkpoint("early"), dtype="bfloat16", image_cache=False) as engine:
+        assert engine.describe()["dtype"] == "bfloat16"
+        outputs = engine.generate(requests)
+    same = [
+        abs(a.logprobs[0] - b.logprobs[0])
+        for a, b in zip(oracle.generate(requests), outputs, strict=True)
+        if a.token_ids == b.token_ids
+    ]
+    assert len(same) >= len(requests) // 2
+    assert max(same) < 1.0
+
+
+def test_user_mistakes(checkpoint, tmp_path, monkeypatch):
+    with pytest.raises(CheckpointError):
+        VLLMEngine(str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match=r"max_num_seq'\. Did you mean 'max_num_seqs'"):
+        VLLMEngine(checkpoint("early"), max_num_seq=3)
+    with pytest.raises(ConfigError, match="unknown dtype 'fp32'"):
+        VLLMEngine(checkpoint("early"), dtype="fp32")
+    with pytest.raises(ConfigError, match="max_model_len 4096"):
+        VLLMEngine(checkpoint("early"), max_model_len=4096)
+    monkeypatch.setattr("nmm_serve.engines.vllm.installed_vllm", lambda: None)
+    with pytest.raises(EngineError, match=r"not installed; run pip install 'nmm-serve\[vllm\]'"):
+        VLLMEngine(checkpoint("early"))
+    monkeypatch.setattr("nmm_serve.engines.vllm.installed_vllm", lambda: "0.11.2")
+    with pytest.raises(EngineError, match=r"works with 0\.32"):
+        VLLMEngine(checkpoint("early"))
+
+
+def test_closing_gives_the_process_back(checkpoint):
+    before = torch.set_num_threads
+    with VLLMEngine(checkpoint("early")):
+        pass
+    assert torch.set_num_threads is before
+    assert not torch.distributed.is_initialized()
+    assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
