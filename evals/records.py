@@ -127,6 +127,15 @@ def _cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
+def check_place(path: Path) -> None:
+    """Raise DataError where no record can be written, before hours are spent on one."""
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; name the record's file, for example {path / 'record.json'}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise DataError(f"{path.parent} cannot be written to; choose another place with -o")
+
+
 def items_path(record_path: Path) -> Path:
     return record_path.with_name(record_path.stem + ".items.jsonl")
 

@@ -19,7 +19,7 @@ from nmm_serve.errors import ImageError
 from nmm_serve.evals import caption, latency, vqa
 from nmm_serve.evals.datasets import CaptionSet, Files, Id, Question, VQASet, load_captions, load_vqa
 from nmm_serve.evals.latency import Load
-from nmm_serve.evals.records import Record, new_record, write_record
+from nmm_serve.evals.records import Record, check_place, new_record, write_record
 from nmm_serve.images import load_image
 
 VQA_PROMPT = "{question}"
@@ -75,8 +75,9 @@ class Data:
 def load_data(options: Options) -> Data:
     """Read and check everything, without a model, so that a wrong path does not cost the time to load one.
 
-    Raises DataError.
+    Raises DataError for data that do not fit, and for a place where the record cannot be written.
     """
+    check_place(options.out)
     questions = load_vqa(options.files, options.limit) if "vqa" in options.tasks else None
     images = load_captions(options.files, options.limit) if "caption" in options.tasks else None
     latency_images = _latency_images(options.files, questions, images) if "latency" in options.tasks else ()
@@ -251,7 +252,9 @@ def _run_caption(
     good = [i for i in data.images if answers[i.image_id].error is None]
     scored = None
     if good:
+        scored_all = start_task("caption scores", 1)  # Java and the bootstrap take a while
         scored = caption.score(good, {i.image_id: answers[i.image_id].text.strip() for i in good}, seed=options.seed)
+        scored_all(1)
     position = {i.image_id: index for index, i in enumerate(good)}
     for i in data.images:
         output = answers[i.image_id]

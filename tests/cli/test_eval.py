@@ -127,6 +127,7 @@ def test_limit_is_said_to_be_not_final(data, engine):
         (("caption", "--model", "m"), "no captions file"),
         (("vqa", "--model", "m", "--data", "gone"), "gone does not exist"),
         (("table", "gone.json"), "gone.json does not exist"),
+        (("vqa", "--model", "m", "--data", "data", "-o", "data"), "data is a folder"),
     ],
 )
 def test_what_is_missing_is_named(data, engine, args, message):
