@@ -59,7 +59,7 @@ def moe_mlp(
             gate_nF, up_nF = F.linear(block_nD, gate_up_E2FD[expert]).chunk(2, dim=-1)
             blocks.append(F.linear(F.silu(gate_nF) * up_nF, down_EDF[expert]))
     if not blocks:
-        return torch.zeros_like(x_TD)
+        return x_TD.clone()  # no tokens; still a function of x, so that a backward pass goes through
     weight_N1 = weight_TK.reshape(-1)[order_N, None].to(x_TD.dtype)
     out_ND = torch.empty_like(sorted_ND).index_copy(0, order_N, torch.cat(blocks) * weight_N1)
     return out_ND.view(T, K, D).sum(1)

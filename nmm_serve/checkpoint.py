@@ -69,9 +69,24 @@ def save_checkpoint(
 
 def write_checkpoint(folder: Path, model, processor, run: dict[str, Any]) -> None:
     """The files of a checkpoint, into a folder that the caller publishes."""
-    model.save_pretrained(folder)
+    with _no_progress_bars():
+        model.save_pretrained(folder)
     processor.save_pretrained(folder)
     (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """transformers shows a bar for each file; ours are small, and a run has a bar of its own."""
+    from transformers.utils import logging
+
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
 
 
 def check_checkpoint(path: str | Path) -> Path:

@@ -1,0 +1,18 @@
+# `make demo` shows what the project does; `make test` checks that it does. Both set up .venv first.
+.PHONY: setup demo test lint
+
+setup:
+	@scripts/setup.sh
+
+demo: setup
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" scripts/demo.sh
+
+test: setup
+	@.venv/bin/pytest
+
+lint: setup
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@# mypy cannot follow an editable install's import hook, so it checks the installed package
+	@.venv/bin/pip install --quiet --no-deps --upgrade --target build/typecheck . 2>&1 | grep -v "WARNING" || true
+	@MYPYPATH=build/typecheck .venv/bin/mypy -p nmm_serve

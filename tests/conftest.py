@@ -1,0 +1,23 @@
+"""Shared by all tests: the path they import from, and why some are skipped."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# From the root, `import kernels` or `import train` would find the source folders a second time, under a wrong name.
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
+# Tests are imported one by one (--import-mode=importlib), so shared helpers need a place on the path.
+sys.path.insert(0, str(ROOT / "tests/support"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("java") and shutil.which("java") is None:
+        pytest.skip("needs a Java runtime on the PATH")
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs an NVIDIA GPU")

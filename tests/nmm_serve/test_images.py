@@ -1,0 +1,131 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from nmm_serve.errors import ImageError
+from nmm_serve.image_processor import NMMImageProcessor
+from nmm_serve.images import load_image, patch_grid
+from nmm_serve.models.vision import max_grid_side, patchify
+
+
+def encoded(image, format="PNG", **options):
+    stream = io.BytesIO()
+    image.save(stream, format, **options)
+    return stream.getvalue()
+
+
+PICTURE = Image.fromarray(np.arange(6 * 4 * 3, dtype=np.uint8).reshape(6, 4, 3) * 3)
+
+
+def test_exif_orientation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    turned = load_image(encoded(PICTURE, "PNG", exif=exif))
+    assert turned.size == (6, 4)
+    assert np.array_equal(np.asarray(turned), np.asarray(PICTURE.transpose(Image.Transpose.ROTATE_270)))
+
+
+def test_transparency_shows_white():
+    clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
+    half = Image.new("RGBA", (2, 2), (255, 0, 0, 128))
+    assert load_image(encoded(clear)).getpixel((0, 0)) == (255, 255, 255)
+    assert load_image(encoded(half)).getpixel((0, 0)) == (255, 127, 127)
+    palette = Image.new("P", (2, 2), 0)
+    palette.putpalette([10, 20, 30] * 256)
+    assert load_image(encoded(palette, transparency=0)).getpixel((0, 0)) == (255, 255, 255)
+    assert load_image(encoded(Image.new("LA", (2, 2), (9, 0)))).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_other_colour_modes():
+    grey16 = Image.fromarray(np.array([[0, 65535, 32896]], dtype=np.uint16))
+    assert [load_image(encoded(grey16)).getpixel((x, 0))[0] for x in range(3)] == [0, 255, 128]
+    assert load_image(encoded(Image.new("CMYK", (2, 2), (0, 0, 0, 0)), "JPEG")).getpixel((0, 0)) == (255, 255, 255)
+    assert load_image(encoded(Image.new("1", (2, 2), 1))).getpixel((0, 0)) == (255, 255, 255)
+    frames = [Image.new("RGB", (2, 2), colour) for colour in ("red", "blue")]
+    animation = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert load_image(animation).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_what_cannot_be_read_is_one_clear_error(tmp_path):
+    with pytest.raises(ImageError, match="no such file"):
+        load_image(tmp_path / "none.png")
+    with pytest.raises(ImageError, match="is a directory"):
+        load_image(tmp_path)
+    for bad in (b"", b"not an image", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%!PS-Adobe-3.0 EPSF-3.0"):
+        with pytest.raises(ImageError, match="not a readable image"):
+            load_image(bad)
+    with pytest.raises(ImageError, match="damaged or truncated"):
+        load_image(encoded(Image.effect_noise((64, 64), 50), "PNG")[:-200])
+
+
+def test_size_is_checked_before_decoding():
+    bomb = encoded(Image.new("1", (20000, 20000)))
+    assert len(bomb) < 100_000
+    with pytest.raises(ImageError, match=r"pixels, (over )?the limit"):
+        load_image(bomb)
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_give_an_image_or_an_image_error(data):
+    message = ""
+    try:
+        assert load_image(data).mode == "RGB"
+    except ImageError as error:
+        message = str(error)
+    assert "0x" not in message, "addresses must not leak"
+
+
+@given(width=st.integers(1, 5000), height=st.integers(1, 5000), side=st.integers(1, 20))
+def test_grid_keeps_to_the_rule(width, height, side):
+    tokens = side * side
+    ratio = max(width / height, height / width)
+    if ratio > 16:
+        with pytest.raises(ImageError, match="crop it"):
+            patch_grid(width, height, tokens, 16)
+        return
+    rows, cols = patch_grid(width, height, tokens, 16)
+    assert rows >= 1
+    assert cols >= 1
+    assert rows * cols <= tokens
+    assert max(rows, cols) <= 4 * side, "position tables end here"
+    if tokens >= 64 and ratio <= 4:
+        assert rows * cols >= 0.7 * tokens
+        assert cols / rows == pytest.approx(width / height, rel=0.35)
+
+
+def test_square_images_use_every_token():
+    assert patch_grid(32, 32, 64, 16) == patch_grid(640, 640, 64, 16) == (8, 8)
+
+
+def test_patches_are_in_reading_order_and_scaled():
+    pixels = torch.arange(4 * 6 * 3, dtype=torch.uint8).view(4, 6, 3)
+    patches = patchify(pixels, 2)
+    assert patches.shape == (6, 12)
+    assert torch.equal(patches[1], pixels[0:2, 2:4].flatten().float() / 127.5 - 1)
+    white_and_black = patchify(torch.tensor([0, 255], dtype=torch.uint8)[:, None, None].expand(2, 2, 3).contiguous(), 2)
+    assert (white_and_black.min(), white_and_black.max()) == (-1, 1)
+
+
+def test_processor_takes_arrays_and_refuses_to_guess():
+    processor = NMMImageProcessor(patch_size=8, image_size=32)
+    array = np.zeros((32, 32, 3), np.uint8)
+    features = processor([array, Image.new("L", (64, 16))], return_tensors="pt")
+    assert features["image_grid"].tolist() == [[4, 4], [2, 8]]
+    assert features["pixel_values"].shape == (32, 192)
+    for wrong in (np.zeros((3, 32, 32), np.uint8), np.zeros((32, 32, 3), np.float32)):
+        with pytest.raises(ImageError, match="uint8 of shape"):
+            processor(wrong)
+
+
+def test_longest_image_fits_the_position_tables():
+    class Config:
+        image_size, patch_size = 64, 8
+
+    processor = NMMImageProcessor(patch_size=8, image_size=64)
+    for size in ((1600, 100), (100, 1600), (64, 4), (4, 64)):
+        assert max(processor.grid(*size)) <= max_grid_side(Config)

@@ -1,0 +1,139 @@
+import pytest
+import torch
+from parity_checkpoint import FAMILIES, make_parity_checkpoint, noise_image
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+
+from nmm_serve.checkpoint import load_model, load_processor
+from nmm_serve.config import NMMConfig
+from nmm_serve.errors import PromptError
+from nmm_serve.models import NMMForConditionalGeneration
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def loaded(request, tmp_path_factory):
+    path = make_parity_checkpoint(tmp_path_factory.mktemp(request.param) / "ckpt", request.param)
+    return load_model(path), load_processor(path)
+
+
+def prompts(processor):
+    user = [{"type": "text", "text": "what "}, {"type": "image"}, {"type": "text", "text": "is"}, {"type": "image"}]
+    return [
+        processor.encode_chat([{"role": "user", "content": user}], [noise_image(0, 64, 64), noise_image(1, 30, 80)]),
+        processor.encode_chat([{"role": "user", "content": "the circle"}]),
+        processor.encode_chat([{"role": "user", "content": user[1:3]}], [noise_image(2, 100, 40)]),
+    ]
+
+
+def test_padding_and_company_change_nothing(loaded):
+    model, processor = loaded
+    batch = processor.collate(prompts(processor))
+    together = model(**batch).logits
+    for row, prompt in enumerate(prompts(processor)):
+        alone = model(**processor.collate([prompt])).logits[0]
+        torch.testing.assert_close(together[row, -len(prompt.input_ids) :], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_packed_documents_do_not_see_each_other(loaded):
+    model, processor = loaded
+    documents = prompts(processor)
+    ids = torch.tensor([[i for d in documents for i in d.input_ids]])
+    number = torch.tensor([[n for n, d in enumerate(documents, 1) for _ in d.input_ids]])
+    position = torch.tensor([[i for d in documents for i in range(len(d.input_ids))]])
+    with_images = [d for d in documents if d.pixel_values is not None]
+    packed = model(
+        input_ids=ids, document_ids=number, position_ids=position,
+        pixel_values=torch.cat([d.pixel_values for d in with_images]),
+        image_grid=torch.cat([d.image_grid for d in with_images]),
+    ).logits[0]  # fmt: skip
+    alone = torch.cat([model(**processor.collate([d])).logits[0] for d in documents])
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_generate_with_and_without_cache(loaded):
+    model, processor = loaded
+    batch = processor.collate(prompts(processor))
+    cached, uncached = (model.generate(**batch, max_new_tokens=8, do_sample=False, use_cache=c) for c in (True, False))
+    assert torch.equal(cached, uncached)
+
+
+def test_patches_see_the_whole_image_and_text_only_the_past(loaded):
+    model, processor = loaded
+    prompt = prompts(processor)[2]
+    batch = processor.collate([prompt])
+    before = model(**batch).logits[0]
+    changed = batch | {"pixel_values": batch["pixel_values"].clone()}
+    changed["pixel_values"][-1] += 1.0  # the last patch
+    after = model(**changed).logits[0]
+    image = (batch["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]
+    assert torch.equal(before[: image[0]], after[: image[0]]), "text before an image must not see it"
+    assert not torch.allclose(before[image[0]], after[image[0]]), "the first patch must see the last"
+
+
+def test_training_loss_is_the_loss_of_the_text_positions(loaded):
+    model, processor = loaded
+    batch = processor.collate(prompts(processor), padding_side="right")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    labels = labels.masked_fill(batch["input_ids"] == model.config.image_token_id, -100)
+    whole = model(**batch, labels=labels)
+    shifted = torch.nn.functional.cross_entropy(whole.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(whole.ce_loss, shifted, rtol=1e-5, atol=1e-5)
+    model.train()
+    training = model(**batch, labels=labels)
+    model.eval()
+    assert training.logits is None
+    torch.testing.assert_close(training.ce_loss, whole.ce_loss)
+    if model.config.num_experts:
+        expected = training.ce_loss + model.config.router_aux_loss_coef * training.aux_loss
+        torch.testing.assert_close(training.loss, expected)
+        assert 0.9 < training.aux_loss.item() <= model.config.num_experts
+
+
+def test_every_parameter_learns(loaded):
+    model, processor = loaded
+    batch = processor.collate(prompts(processor))
+    model.zero_grad()
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    silent = [
+        name for name, p in model.named_parameters()
+        if p.grad is None or not p.grad.abs().sum() > 0
+    ]  # fmt: skip
+    model.zero_grad()
+    # with few tokens some expert may get none, but a whole stack of experts never stays silent
+    assert not silent
+
+
+def test_slots_and_patches_must_agree(loaded):
+    model, processor = loaded
+    batch = processor.collate([prompts(processor)[2]])
+    batch["input_ids"] = batch["input_ids"][:, 5:]
+    with pytest.raises(PromptError, match=r"image tokens but its images give \d+ patches"):
+        model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"], image_grid=batch["image_grid"])
+
+
+def test_auto_classes_find_it(tmp_path):
+    path = make_parity_checkpoint(tmp_path / "ckpt", "late-moe")
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        assert type(auto.from_pretrained(path)) is NMMForConditionalGeneration
+    assert AutoProcessor.from_pretrained(path).image_token == "<|image|>"
+
+
+def test_families_differ_by_config_alone():
+    shape = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 1}
+    assert {NMMConfig(**shape, **fields).family for fields in FAMILIES.values()} == {"early", "late", "moe", "late-moe"}
+
+
+def test_names_in_a_checkpoint_are_fixed():
+    """Renaming one breaks every checkpoint that users have."""
+    config = NMMConfig(
+        vocab_size=320, hidden_size=64, num_hidden_layers=1, num_experts=2,
+        vision_config={"hidden_size": 32, "num_hidden_layers": 1},
+    )  # fmt: skip
+    block = ["self_attn.qkv_proj", "self_attn.o_proj", "self_attn.q_norm", "self_attn.k_norm", "input_layernorm",
+             "post_attention_layernorm"]  # fmt: skip
+    expected = {f"model.layers.0.{n}.weight" for n in [*block, "mlp.gate"]}
+    expected |= {f"model.layers.0.mlp.experts.{n}" for n in ("gate_up_proj", "down_proj")}
+    expected |= {f"model.vision.layers.0.{n}.weight" for n in [*block, "mlp.gate_up_proj", "mlp.down_proj"]}
+    expected |= {f"model.patch_embed.{n}.weight" for n in ("proj", "row_embed", "col_embed")}
+    expected |= {f"model.{n}.weight" for n in ("embed_tokens", "norm", "vision.norm", "connector")} | {"lm_head.weight"}
+    with torch.device("meta"):
+        assert set(NMMForConditionalGeneration(config).state_dict()) == expected
