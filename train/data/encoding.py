@@ -20,7 +20,8 @@ class Piece:
     """A document, or a part of a long text, as one span of a row.
 
     `input_ids` and `labels` are int32 of the same length; labels[t] is the label OF token t (the model shifts) or -100.
-    `pixel_values` [P, K] and `image_grid` [I, 2] are None without images.
+    `pixel_values` [P, K] and `image_grid` [I, 2] are None without images. Only the former is a tensor: it is large, and
+    small arrays cross between processes more cheaply.
     """
 
     input_ids: np.ndarray
@@ -29,7 +30,7 @@ class Piece:
     starts_document: bool = True
     num_image_tokens: int = 0
     pixel_values: torch.Tensor | None = None
-    image_grid: torch.Tensor | None = None
+    image_grid: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -75,7 +76,8 @@ def encode_document(
             f"{len(ids)} tokens with its images, over the context_length of {context_length}; "
             "raise context_length, lower image_size, or put fewer images or questions into a document"
         )
-    return [_piece(ids, labels, document.kind, True, num_image_tokens, encoded.pixel_values, encoded.image_grid)]
+    grid = None if encoded.image_grid is None else encoded.image_grid.numpy()
+    return [_piece(ids, labels, document.kind, True, num_image_tokens, encoded.pixel_values, grid)]
 
 
 def _piece(ids: np.ndarray, labels: np.ndarray, *rest) -> Piece:

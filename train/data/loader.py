@@ -1,50 +1,28 @@
-"""The endless stream of packed batches: read and encoded in parallel, packed in order, resumed exactly.
+"""The endless stream of packed batches: encoded in parallel, packed in order, resumed exactly."""
 
-Worker processes encode documents in chunks; the order of documents, and so every batch, does not depend on how many
-workers there are.
-"""
-
-import contextlib
-import dataclasses
 import logging
-import os
-import signal
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, Dataset
-
 from nmm_serve.errors import ConfigError, DataError, NMMError
 from nmm_serve.processor import NMMProcessor
 from nmm_serve.train.data.documents import Objective
 from nmm_serve.train.data.encoding import Piece, encode_document
-from nmm_serve.train.data.mixture import Item, Mixture, Walk, place_of
+from nmm_serve.train.data.mixture import Item, Mixture, Walk
 from nmm_serve.train.data.packing import LOOKAHEAD, Batch, Key, Packer, collate
+from nmm_serve.train.data.parallel import Bad, Chunks, EncodedDocuments, encoded_documents
 from nmm_serve.train.data.sources import Source, Visit
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 8
-"""Documents that a worker encodes at a time."""
-PREFETCH = 2
-"""Chunks that each worker keeps ready."""
 MIN_DOCUMENTS = 100
 """A source's share of bad documents is judged from this many on."""
 MAX_IN_A_ROW = 32
 """So many bad documents of one source in a row stop the run at once: its folder has vanished."""
 STATE_VERSION = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Bad:
-    """A document that cannot be used, and why."""
-
-    name: str
-    reason: str
 
 
 @dataclass
@@ -106,7 +84,7 @@ class PackedLoader(Iterator[Batch]):
         assert 0 <= rank < world_size
         self.stats = LoaderStats()
         self._mixture = mixture
-        self._dataset = _EncodedDocuments(mixture, processor, objective, context_length, seed)
+        self._dataset = EncodedDocuments(mixture, processor, objective, context_length, seed)
         self._rows = rows
         self._pad_id = processor.tokenizer.pad_token_id
         self._seed, self._rank, self._world_size = seed, rank, world_size
@@ -124,11 +102,21 @@ class PackedLoader(Iterator[Batch]):
         self._state = self._snapshot([]) if state is None else state
 
     def __next__(self) -> Batch:
+        try:
+            batch = self._next_batch()
+        except BaseException:
+            # an error keeps its frames, and so the loader, alive: do not let it keep the workers too
+            self.close()
+            raise
+        self._state = self._snapshot(self._packer.pending())
+        return batch
+
+    def _next_batch(self) -> Batch:
         if self._stream is None:
             pending = [self._items[position] for position in self._restored]
             walk = Walk(self._mixture, self._seed, self._walk.position, self._walk.counts)
-            order = _Chunks(pending, walk, self._rank, self._world_size)
-            self._stream = _encoded(self._dataset, order, self._num_workers)
+            order = Chunks(pending, walk, self._rank, self._world_size)
+            self._stream = encoded_documents(self._dataset, order, self._num_workers)
         rows = []
         for _ in range(self._rows):
             # the buffer is filled before each row, so that batches of other sizes hold the same rows
@@ -141,7 +129,6 @@ class PackedLoader(Iterator[Batch]):
         tokens = int((batch["document_ids"] > 0).sum())
         self.stats.tokens += tokens
         self.stats.padding += batch["document_ids"].numel() - tokens
-        self._state = self._snapshot(self._packer.pending())
         return batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -212,12 +199,13 @@ class PackedLoader(Iterator[Batch]):
             self.stats.documents[name] += 1
         if isinstance(result, Bad):
             self._report(name, result)
-            return
-        self._in_a_row[name] = 0
-        self._items[item.position] = item
-        for number, piece in enumerate(result):
-            if wanted is None or number in wanted:
-                self._packer.add((item.position, number), piece)
+        else:
+            self._in_a_row[name] = 0
+            self._items[item.position] = item
+            for number, piece in enumerate(result):
+                if wanted is None or number in wanted:
+                    self._packer.add((item.position, number), piece)
+        self._check_share(name)
 
     def _report(self, source: str, bad: Bad) -> None:
         reason = bad.reason if bad.name in bad.reason else f"{bad.name}: {bad.reason}"
@@ -225,6 +213,8 @@ class PackedLoader(Iterator[Batch]):
         self.stats.bad[source] += 1
         self._in_a_row[source] += 1
         self._last_bad.append(reason)
+
+    def _check_share(self, source: str) -> None:
         count, total = self.stats.bad[source], self.stats.documents[source]
         too_many = total >= MIN_DOCUMENTS and count > self._max_bad_share * total
         if too_many or self._in_a_row[source] >= MAX_IN_A_ROW:
@@ -267,131 +257,3 @@ def evaluation_batches(
         collate(packed[start : start + rows], context_length, processor.tokenizer.pad_token_id)
         for start in range(0, len(packed), rows)
     ]
-
-
-def _encoded(
-    dataset: "_EncodedDocuments", order: "_Chunks", num_workers: int
-) -> Iterator[tuple[Item, list[Piece] | Bad]]:
-    """Encoded documents in order. A function without the loader in sight: a cycle between the two would keep
-    worker processes alive after the loader is gone, and children forked later would inherit their handles."""
-    loader = DataLoader(
-        dataset,
-        batch_sampler=order,
-        num_workers=num_workers,
-        collate_fn=_share,
-        prefetch_factor=PREFETCH if num_workers else None,
-        worker_init_fn=_ignore_interrupts,
-        # its own generator: the default draws from torch's global one, whose state belongs to the model
-        generator=torch.Generator(),
-    )
-    try:
-        with _quiet_fork():
-            chunks = iter(loader)
-        for chunk, patches in chunks:
-            yield from _unshare(chunk, patches)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise DataError(
-            f"a data worker ended unexpectedly ({error}); out of memory? Try a smaller num_workers, or 0"
-        ) from None
-
-
-class _EncodedDocuments(Dataset):
-    """Item -> pieces, or why there are none. Lives in the workers."""
-
-    def __init__(
-        self, mixture: Mixture, processor: NMMProcessor, objective: Objective, context_length: int, seed: int
-    ) -> None:
-        self.mixture, self.processor = mixture, processor
-        self.objective, self.context_length, self.seed = objective, context_length, seed
-
-    def __getitem__(self, item: Item) -> tuple[Item, list[Piece] | Bad]:
-        entry = self.mixture.sources[item.source]
-        index, epoch = place_of(item, self.mixture, self.seed)
-        visit = Visit(f"{self.seed}/{entry.source.name}", epoch, self.objective)
-        try:
-            return item, encode_document(
-                entry.source.document(index, visit),
-                self.processor,
-                objective=self.objective,
-                context_length=self.context_length,
-                augment=entry.augment,
-                rng=visit.rng("augment", index) if entry.augment else None,
-            )
-        except (NMMError, OSError) as error:
-            return item, Bad(entry.source.item_name(index), str(error))
-
-
-class _Chunks:
-    """Batch sampler: the items of this rank, a chunk at a time."""
-
-    def __init__(self, pending: list[Item], walk: Walk, rank: int, world_size: int) -> None:
-        self._pending, self._walk, self._rank, self._world_size = pending, walk, rank, world_size
-
-    def __iter__(self) -> Iterator[list[Item]]:
-        chunk = []
-        for item in self._items():
-            chunk.append(item)
-            if len(chunk) == CHUNK:
-                yield chunk
-                chunk = []
-
-    def _items(self) -> Iterator[Item]:
-        yield from self._pending
-        for item in self._walk:
-            if item.position % self._world_size == self._rank:
-                yield item
-
-
-Chunk = list[tuple[Item, list[Piece] | Bad]]
-
-
-def _share(chunk: Chunk) -> tuple[Chunk, torch.Tensor | None]:
-    """All patches of a chunk as one tensor: it crosses to the trainer in shared memory, one handle for all."""
-    if torch.utils.data.get_worker_info() is None:
-        return chunk, None
-    patches: list[torch.Tensor] = []
-    stripped: Chunk = []
-    for item, result in chunk:
-        if not isinstance(result, Bad):
-            patches += [piece.pixel_values for piece in result if piece.pixel_values is not None]
-            result = [dataclasses.replace(piece, pixel_values=None) for piece in result]
-        stripped.append((item, result))
-    return stripped, torch.cat(patches) if patches else None
-
-
-def _unshare(chunk: Chunk, patches: torch.Tensor | None) -> Iterator[tuple[Item, list[Piece] | Bad]]:
-    """Give the pieces their patches back."""
-    if patches is None:
-        yield from chunk
-        return
-    start = 0
-    for item, result in chunk:
-        if not isinstance(result, Bad):
-            restored = []
-            for piece in result:
-                end = start + piece.num_image_tokens
-                restored.append(dataclasses.replace(piece, pixel_values=patches[start:end]) if end > start else piece)
-                start = end
-            result = restored
-        yield item, result
-
-
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the trainer alone answers it, and ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-@contextlib.contextmanager
-def _quiet_fork() -> Iterator[None]:
-    """Tell the tokenizers library not to use its threads in forked workers, without touching a user's own choice."""
-    name = "TOKENIZERS_PARALLELISM"
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = "false"
-    try:
-        yield
-    finally:
-        del os.environ[name]

@@ -113,7 +113,7 @@ def collate(rows: Sequence[Sequence[Piece]], context_length: int, pad_id: int) -
         position_ids=torch.from_numpy(position_ids),
         document_ids=torch.from_numpy(document_ids),
         pixel_values=torch.cat(patches) if patches else None,
-        image_grid=torch.cat(grids) if grids else None,
+        image_grid=torch.from_numpy(np.concatenate(grids)) if grids else None,
         counts=_counts(pieces),
     )
 
