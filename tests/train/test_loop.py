@@ -1,0 +1,246 @@
+"""A run that is stopped, killed or fed nonsense. Bit for bit: one thread, fp32."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from nmm_serve.checkpoint import load_model, load_processor, read_run
+from nmm_serve.errors import CheckpointError, ConfigError, TrainingError
+from nmm_serve.sizing import count_params
+from nmm_serve.train.config import load_config
+from nmm_serve.train.loop import Trainer, train
+from nmm_serve.train.resume import resume_points
+from nmm_serve.train.run_folder import locked
+
+TINY = {
+    "steps": 8, "context_length": 320, "rows": 1, "accumulate": 2, "log_every": 1, "eval_every": 4, "save_every": 3,
+    "model": {"preset": "nano"},
+    "tokenizer": {"vocab_size": 320, "documents": 30},
+    "schedule": {"warmup_steps": 2},
+    "data": {
+        "sources": [
+            {"name": "vqa", "kind": "builtin", "which": "vqa", "weight": 2, "size": 6},
+            {"name": "text", "kind": "builtin", "which": "text"},
+        ],
+        "validation": [{"name": "caption", "kind": "builtin", "which": "caption", "split": "val"}],
+        "validation_documents": 4,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return str(path)
+
+
+def losses(out: Path) -> list[tuple]:
+    events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [(e["event"], e["step"], e.get("loss"), e.get("grad_norm"), e.get("loss_caption")) for e in events]
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, tmp_path_factory) -> Path:
+    """An undisturbed run."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(load_config(recipe), out)
+    return out
+
+
+def assert_same_run(out: Path, whole: Path) -> None:
+    assert losses(out) == losses(whole)
+    ours, expected = weights(out / "final"), weights(whole / "final")
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[k], expected[k]) for k in expected)
+
+
+class Stop(Exception):
+    """Stands for the moment at which the process dies."""
+
+
+@pytest.mark.parametrize("moment", [4, 7])
+def test_resumed_run_is_the_undisturbed_run(recipe, whole, tmp_path, moment):
+    def die(event):
+        if event["event"] == "train" and event["step"] == moment:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(load_config(recipe), tmp_path / "run", die)
+    assert resume_points(tmp_path / "run/checkpoints")
+    train(load_config(recipe), tmp_path / "run")
+    assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.slow
+def test_sigkill_at_any_moment(recipe, whole, tmp_path):
+    """Killed again and again, also while saving, the run ends as the undisturbed one."""
+    code = (
+        "import sys, torch; torch.set_num_threads(1)\n"
+        "from nmm_serve.train.config import load_config; from nmm_serve.train.loop import train\n"
+        "train(load_config(sys.argv[1]), sys.argv[2], lambda e: print(e['event'], e.get('step'), flush=True))"
+    )
+    dice, kills = random.Random(0), 0
+    for _ in range(40):
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", code, recipe, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        # wait for the first sign of training, so that every life makes progress, then strike within a few steps
+        for line in process.stdout:
+            if line.startswith(("train", "done")):
+                break
+        if kills < 6:
+            time.sleep(dice.uniform(0, 1.5))
+            process.kill()
+            kills += process.wait() == -signal.SIGKILL
+        if process.wait() == 0:
+            break
+    assert kills >= 3
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_sigterm_saves_and_says_how_to_go_on(recipe, whole, tmp_path):
+    def term(event):
+        if event["event"] == "train" and event["step"] == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(TrainingError, match="stopped by SIGTERM after step 5.*run the same command to go on"):
+        train(load_config(recipe), tmp_path / "run", term)
+    assert resume_points(tmp_path / "run/checkpoints")[-1].name == "step-00000005"
+    train(load_config(recipe), tmp_path / "run")
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_finished_run_is_left_alone(recipe, whole):
+    before = (whole / "final/model.safetensors").stat().st_mtime_ns
+    assert train(load_config(recipe), whole) == whole / "final"
+    assert (whole / "final/model.safetensors").stat().st_mtime_ns == before
+
+
+def test_run_record_and_checkpoint(whole):
+    run, model = read_run(whole / "final"), load_model(whole / "final")
+    assert run["params"]["total"] == count_params(model.config).total == model.num_parameters()
+    assert run["steps"] == 8
+    assert 0 < run["labels"] < run["tokens"] <= 8 * 2 * 320
+    assert [h["step"] for h in run["history"]] == list(range(1, 9))
+    assert run["history"][-1]["loss"] < run["history"][0]["loss"]
+    assert run["losses"].keys() == {"loss_caption", "loss_avg"}
+    assert run["flops"] == pytest.approx(run["paper_flops"], rel=0.25)
+    assert load_processor(whole / "final").tokenizer.eos_token == "<|eos|>"
+
+
+def test_another_configuration_is_refused_with_the_difference(recipe, whole):
+    with pytest.raises(ConfigError, match=r"optimizer\.lr: None -> 0\.5"):
+        train(load_config(recipe, ["optimizer.lr=0.5"]), whole)
+
+
+def test_two_runs_in_one_folder(recipe, tmp_path):
+    with locked(tmp_path / "run"), pytest.raises(TrainingError, match="another run is training"):
+        train(load_config(recipe), tmp_path / "run")
+
+
+def test_damaged_resume_checkpoint_is_noticed(recipe, tmp_path):
+    def die(event):
+        if event["event"] == "train" and event["step"] == 7:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(load_config(recipe), tmp_path / "run", die)
+    file = resume_points(tmp_path / "run/checkpoints")[-1] / "training/optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="optimizer.safetensors is damaged"):
+        train(load_config(recipe), tmp_path / "run")
+
+
+def test_nan_steps_are_skipped_counted_and_end_the_run(recipe, tmp_path):
+    events = []
+    trainer = Trainer(load_config(recipe, ["max_bad_steps=3"]), tmp_path, events.append)
+    trainer.train_step()
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    moments = trainer.optimizer.state[trainer.model.lm_head.weight]["exp_avg"].clone()
+    healthy = trainer.model.lm_head.weight.data.clone()
+    trainer.model.lm_head.weight.data.fill_(float("nan"))
+    trainer.train_step()
+    trainer.model.lm_head.weight.data.copy_(healthy)
+    assert all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
+    assert torch.equal(trainer.optimizer.state[trainer.model.lm_head.weight]["exp_avg"], moments)
+    assert trainer.totals["bad_steps"] == 1
+    trainer.train_step()
+    assert trainer.bad_in_a_row == 0, "a good step in between starts the count anew"
+    trainer.model.lm_head.weight.data.fill_(float("nan"))
+    trainer.train_step()
+    trainer.train_step()
+    with pytest.raises(TrainingError, match="3 steps in a row"):
+        trainer.train_step()
+    assert [e["event"] for e in events].count("bad_step") == 4
+    trainer.log.close()
+
+
+def test_accumulation_weighs_every_token_the_same(recipe, tmp_path):
+    """Two rows in one pass or one after the other: one step, the same loss and gradient."""
+    norms = []
+    for k, shape in enumerate((["rows=2", "accumulate=1"], ["rows=1", "accumulate=2"])):
+        folder = tmp_path / str(k)
+        folder.mkdir()
+        trainer = Trainer(load_config(recipe, shape), folder, lambda event: None)
+        metrics = trainer.train_step()
+        norms.append((metrics["loss"], metrics["grad_norm"]))
+        trainer.log.close()
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["late", "moe", "late-moe"])
+def test_other_families_learn(recipe, tmp_path, family):
+    final = train(load_config(recipe, [f"model.family={family}", "steps=4", "accumulate=1"]), tmp_path)
+    run = read_run(final)
+    assert run["family"] == load_model(final).config.family == family
+    assert run["history"][-1]["loss"] < run["history"][0]["loss"]
+
+
+def test_fine_tuning_starts_from_a_checkpoint_and_learns_answers(recipe, whole, tmp_path):
+    options = ["objective=sft", f"init_from={whole / 'final'}", "steps=3", "data.sources=[{kind: builtin, which: vqa}]"]
+    trainer = Trainer(load_config(recipe, options), tmp_path, lambda event: None)
+    assert torch.equal(trainer.model.lm_head.weight, load_model(whole / "final").lm_head.weight)
+    batch = next(trainer.loader)
+    decoded = trainer.processor.decode(batch["labels"][0][batch["labels"][0] >= 0], skip_special_tokens=False)
+    assert "<|user|>" not in decoded
+    assert decoded.count("<|eos|>") >= 1
+    trainer.log.close()
+
+
+@pytest.mark.slow
+def test_compiled_model_trains_alike(recipe, tmp_path):
+    results = []
+    for compile in ("false", "true"):
+        folder = tmp_path / compile
+        folder.mkdir()
+        trainer = Trainer(load_config(recipe, [f"compile={compile}"]), folder, lambda event: None)
+        results.append([trainer.train_step()["loss"] for _ in range(3)])
+        trainer.log.close()
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
