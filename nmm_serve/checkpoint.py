@@ -157,10 +157,11 @@ def load_model(
 
     config = load_config(path)
     try:
-        model, info = NMMForConditionalGeneration.from_pretrained(
-            path, config=config, dtype=dtype or "auto", local_files_only=True, use_safetensors=True,
-            output_loading_info=True,
-        )  # fmt: skip
+        with _no_progress_bars():
+            model, info = NMMForConditionalGeneration.from_pretrained(
+                path, config=config, dtype=dtype or "auto", local_files_only=True, use_safetensors=True,
+                output_loading_info=True,
+            )  # fmt: skip
     except Exception as error:
         raise CheckpointError(f"{path}/{WEIGHTS} cannot be loaded: {error}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
