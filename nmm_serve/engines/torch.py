@@ -198,9 +198,7 @@ class Decoding:
         self.token_s.append(time.perf_counter() - begin)
         if self.params.logprobs:
             self.logprobs.append(logits_V.log_softmax(-1)[token].item())
-        if token in self.eos and not self.params.ignore_eos:
-            self.finish_reason = "stop"
-        elif self.hit_stop_string():
+        if (token in self.eos and not self.params.ignore_eos) or self.hit_stop_string():
             self.finish_reason = "stop"
         elif len(self.tokens) >= self.params.max_tokens:
             self.finish_reason = "length"
@@ -209,7 +207,8 @@ class Decoding:
     def choose(self, logits_V: torch.Tensor) -> int:
         if self.params.temperature == 0:
             return int(logits_V.argmax())
-        probs_V = (logits_V / self.params.temperature).softmax(-1)
+        # largest logit first taken off, in double: a temperature near 0 then tends to greedy instead of overflowing
+        probs_V = ((logits_V - logits_V.max()).double() / self.params.temperature).softmax(-1)
         if self.params.top_p < 1:
             sorted_V, order_V = probs_V.sort(descending=True)
             beyond_V = sorted_V.cumsum(-1) - sorted_V >= self.params.top_p
