@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from nmm_serve.cli.errors import Group
-from nmm_serve.cli.render import note, print_json, print_table, stderr_console
+from nmm_serve.cli.render import note, print_json, print_table, quiet_stdout, stderr_console
 
 _DTYPES = click.Choice(["auto", "float32", "bfloat16", "float16"])
 
@@ -173,13 +173,14 @@ def generate(
     else:
         content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": text}]
         request = Request(messages=[{"role": "user", "content": content}], images=pictures, sampling=params)
-    with stderr_console().status("Loading the model ..."):
-        opened = open_engine(model, engine)
-    try:
-        output = opened.generate([request])[0]
-        described = opened.describe()
-    finally:
-        opened.close()
+    with quiet_stdout():
+        with stderr_console().status("Loading the model ..."):
+            opened = open_engine(model, engine)
+        try:
+            output = opened.generate([request])[0]
+            described = opened.describe()
+        finally:
+            opened.close()
     if output.error:
         raise PromptError(output.error)
     if not as_json:

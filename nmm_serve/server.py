@@ -84,7 +84,7 @@ def eager(options: ServerOptions) -> bool:
 
 def check_flags(options: ServerOptions) -> None:
     """Raises ConfigError for flags that contradict the command's own options or its guards."""
-    for name in flag_names(options.extra):
+    for name in flag_names([flag for flag in options.extra if flag.startswith("--")]):
         for own, instead in OWN_FLAGS.items():
             if own.startswith(name):  # vLLM takes a flag's beginning for the flag
                 raise ConfigError(f"--{own} cannot be passed on to vLLM: {instead}")
