@@ -4,6 +4,7 @@ import json
 import logging
 import multiprocessing
 import os
+import pickle
 import random
 import signal
 from collections import Counter
@@ -93,6 +94,12 @@ def test_resumed_at_any_batch_it_goes_on_as_if_nothing_happened(mixture, run, st
             assert same(next(loader), batches[place])
             assert json.dumps(loader.state_dict()) == states[place + 1]
         loader.close()
+
+
+def test_the_data_survives_pickling(mixture, run):
+    """Where processes are spawned, not forked, workers get it so."""
+    next(make(mixture))  # open its files
+    assert same(next(make(pickle.loads(pickle.dumps(mixture)))), run[0][0])
 
 
 def test_resumed_with_rows_of_another_number_the_rows_are_the_same(mixture, run):

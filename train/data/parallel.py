@@ -153,10 +153,11 @@ def _ignore_interrupts(worker: int) -> None:
 @contextlib.contextmanager
 def _own_child_signals() -> Iterator[None]:
     """Keep torch from raising at any line of the trainer when a worker dies: it also looks while it waits for one."""
-    if threading.current_thread() is not threading.main_thread():
+    handler = signal.getsignal(signal.SIGCHLD)
+    # None: installed from C, which Python cannot put back
+    if threading.current_thread() is not threading.main_thread() or handler is None:
         yield
         return
-    handler = signal.getsignal(signal.SIGCHLD)
     try:
         yield
     finally:
