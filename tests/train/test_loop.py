@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
+from tiny_training import write_recipe
 
 from nmm_serve.checkpoint import load_model, load_processor, read_run
 from nmm_serve.errors import CheckpointError, ConfigError, TrainingError
@@ -21,21 +21,6 @@ from nmm_serve.train.config import load_config
 from nmm_serve.train.loop import Trainer, train
 from nmm_serve.train.resume import resume_points
 from nmm_serve.train.run_folder import locked
-
-TINY = {
-    "steps": 8, "context_length": 320, "rows": 1, "accumulate": 2, "log_every": 1, "eval_every": 4, "save_every": 3,
-    "model": {"preset": "nano"},
-    "tokenizer": {"vocab_size": 320, "documents": 30},
-    "schedule": {"warmup_steps": 2},
-    "data": {
-        "sources": [
-            {"name": "vqa", "kind": "builtin", "which": "vqa", "weight": 2, "size": 6},
-            {"name": "text", "kind": "builtin", "which": "text"},
-        ],
-        "validation": [{"name": "caption", "kind": "builtin", "which": "caption", "split": "val"}],
-        "validation_documents": 4,
-    },
-}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -48,9 +33,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
-    path.write_text(yaml.safe_dump(TINY))
-    return str(path)
+    return write_recipe(tmp_path_factory.mktemp("recipe") / "tiny.yaml")
 
 
 def losses(out: Path) -> list[tuple]:
