@@ -181,7 +181,7 @@ class NMMForConditionalGeneration(NMMPreTrainedModel, GenerationMixin):
             pixel_values: [P, K] raw patches of all images in order of appearance, in [-1, 1].
             image_grid: [I, 2] rows and columns of patches.
             attention_mask: [B, S], 0 for padding.
-            document_ids: [B, T], to keep attention inside documents that share a row.
+            document_ids: [B, T], 1, 2, ... to keep attention inside documents that share a row; 0 is padding.
             labels: [B, T]; -100 does not count. Shifted here: position t is predicted from t - 1.
             num_items_in_batch: divisor of the summed loss; default: the labels of this batch. Gradient accumulation
                 gives the labels of all its micro-batches.
@@ -211,14 +211,15 @@ class NMMForConditionalGeneration(NMMPreTrainedModel, GenerationMixin):
             output.ce_loss = F.cross_entropy(logits_NV, target_BT[has_label_BT], reduction="sum") / divisor
             output.loss = output.ce_loss
             if router_logits:
-                output.aux_loss = self.router_aux_loss(router_logits, attention_mask, has_label_BT, num_items_in_batch)
+                real_BT = attention_mask if document_ids is None else document_ids > 0
+                output.aux_loss = self.router_aux_loss(router_logits, real_BT, has_label_BT, num_items_in_batch)
                 output.loss = output.ce_loss + self.config.router_aux_loss_coef * output.aux_loss
         return output
 
-    def router_aux_loss(self, router_logits, attention_mask, has_label_BT, num_items_in_batch) -> torch.Tensor:
+    def router_aux_loss(self, router_logits, real_BT, has_label_BT, num_items_in_batch) -> torch.Tensor:
         """Mean load-balancing loss of the layers; padding does not count. Under gradient accumulation each
         micro-batch weighs by its share of the labels, like its cross-entropy."""
-        valid_N = None if attention_mask is None else attention_mask.reshape(-1).bool()
+        valid_N = None if real_BT is None else real_BT.reshape(-1).bool()
         losses = []
         for logits_NE in router_logits:
             probs_NE = logits_NE.float().softmax(-1)
