@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The whole job on built-in data: train an early, a late and a MoE model of equal (active) size, evaluate and serve
-# each with vLLM, compare. STEPS scales the training; OUT is where everything goes.
+# The whole job on built-in data: train an early, a late and a MoE model of equal (active) size, serve and evaluate
+# each with vLLM, compare. OUT is where everything goes, STEPS scales the training, IMAGES the evaluation.
 set -euo pipefail
 out=${OUT:-demo}
-steps=${STEPS:-600}
+steps=${STEPS:-900}
 images=${IMAGES:-250}
 
 [ -d "$out/data" ] || nmm-train data builtin "$out/data" --split test --images "$images"
@@ -18,5 +18,6 @@ for family in early late moe; do
     nmm-eval all --model "$out/$family/sft/final" --name $family --engine vllm \
         --data "$out/data" --split test -o "$out/records/$family.json"
 done
+echo "== comparison"
 nmm-eval table "$out"/records/*.json
-nmm-eval report "$out"/records/*.json -o report.html
+nmm-eval report "$out"/records/*.json -o report.html --title "Early fusion, late fusion and mixture of experts"
