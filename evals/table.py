@@ -140,7 +140,10 @@ _COLUMNS: list[tuple[Column, Any]] = [
     (Column("params", None, "stored weights"), _parameters),
     (Column("VQA acc %", True, "official VQA v2 accuracy with its 95 % interval over images"), _vqa),
     (Column("best const %", None, "the best constant answer per question type"), _baseline("best_constant")),
-    (Column("question only %", None, "the best answer per question text"), _baseline("question_only")),
+    (
+        Column("question only %", None, "the best answer per question text, cross-validated over images"),
+        _baseline("question_only"),
+    ),
     (Column("CIDEr", True, "CIDEr-D, 0 to 10, with its 95 % interval over images"), _metric("CIDEr", 2)),
     (Column("BLEU-4", True, "corpus BLEU-4, 0 to 1"), _metric("Bleu_4", 3)),
     (Column("METEOR", True, "METEOR 1.5, 0 to 1"), _metric("METEOR", 3)),

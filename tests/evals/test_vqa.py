@@ -132,11 +132,14 @@ def test_best_constant_is_best(sets):
         assert sum(values) == pytest.approx(best, abs=1e-9)
 
 
-def test_question_only_ceiling_sees_the_question_text():
-    questions = [question(i, [answer] * 10, text=text) for i, (text, answer) in enumerate([("a?", "x"), ("b?", "y")])]
+def test_question_only_reads_the_text_but_not_the_answers_it_is_scored_on():
+    texts = [("a?", "x"), ("b?", "y")] * 5
+    questions = [question(i, [answer] * 10, text=text, image=i) for i, (text, answer) in enumerate(texts)]
     found = vqa.baselines(questions)
     assert found["best_constant"]["overall"] == 50.0
     assert found["question_only"]["overall"] == 100.0
+    once = [question(i, [f"answer {i}"] * 10, text=f"question {i}?", image=i) for i in range(10)]
+    assert vqa.baselines(once)["question_only"]["overall"] == 0.0, "texts that occur once give nothing away"
 
 
 @given(st.lists(st.text(max_size=12), min_size=10, max_size=10), st.text(max_size=12))
