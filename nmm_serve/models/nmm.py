@@ -126,7 +126,9 @@ class NMMModel(NMMPreTrainedModel):
             mask_B1TS = None
         else:
             span_BT = image_spans(input_ids == self.config.image_token_id)
-            mask_B1TS = build_mask(span_BT, num_past + T, attention_mask, document_ids)
+            allowed_B1TS = build_mask(span_BT, num_past + T, attention_mask, document_ids)
+            # additive, once: attention would turn a bool mask into this in every layer, forward and backward
+            mask_B1TS = torch.zeros_like(allowed_B1TS, dtype=x_BTD.dtype).masked_fill(~allowed_B1TS, float("-inf"))
         router_logits = []
         for layer in self.layers:
             x_BTD, logits_NE = layer(x_BTD, mask_B1TS, rope, past_key_values)
