@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import importlib
+import logging
 import os
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -41,6 +43,8 @@ def import_vllm() -> Any:
         raise EngineError(f"vLLM {found} is installed, but this version works with {VLLM_VERSION}; run {INSTALL}")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # what vLLM says before it has read its own logging level
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
     try:
         vllm = importlib.import_module("vllm")
         from nmm_serve.vllm_plugin import ARCHITECTURE, register
@@ -142,20 +146,23 @@ class VLLMEngine:
             options.setdefault("distributed_executor_backend", "uni")
         if on_cpu and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             options.setdefault("kv_cache_memory_bytes", self.cpu_cache_bytes(config))
-        weights = config.dtype or torch.float32
+        weights = str(config.dtype or torch.float32).removeprefix("torch.")
+        settings: dict[str, Any] = {
+            "dtype": weights if dtype == "auto" else dtype,
+            "max_model_len": self.context_length,
+            "max_num_seqs": max_num_seqs,
+            "enable_prefix_caching": prefix_caching,
+            "mm_processor_cache_gb": 1 if image_cache else 0,
+            "enforce_eager": self.eager,
+            "seed": seed,
+            "load_format": "safetensors",
+            "use_tqdm_on_load": False,
+        }
         self.set_num_threads = torch.set_num_threads  # vLLM replaces it on CPUs
         try:
-            self.llm = self.vllm.LLM(
-                self.model,
-                dtype=str(weights).removeprefix("torch.") if dtype == "auto" else dtype,
-                max_model_len=self.context_length,
-                max_num_seqs=max_num_seqs,
-                enable_prefix_caching=prefix_caching,
-                mm_processor_cache_gb=1 if image_cache else 0,
-                enforce_eager=self.eager,
-                seed=seed,
-                **{"load_format": "safetensors", "use_tqdm_on_load": False} | options,
-            )
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+                self.llm = self.vllm.LLM(self.model, **settings | options)
         except Exception as error:
             self.clean_up()
             raise EngineError(f"vLLM could not load {self.model}: {reason(error)}") from error
@@ -272,7 +279,10 @@ class VLLMEngine:
 
     @contextlib.contextmanager
     def eager_only(self) -> Iterator[None]:
-        """vLLM compiles some small functions even in eager mode, at their first use: seconds, and a C++ compiler."""
+        """vLLM compiles some small functions even in eager mode, at their first use: seconds, and a C++ compiler.
+
+        In processes of vLLM's own, its model class sees to that.
+        """
         if not self.eager:
             yield
             return

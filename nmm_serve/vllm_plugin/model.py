@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm import envs
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
@@ -37,6 +38,7 @@ from vllm.model_executor.models.utils import (
     maybe_prefix,
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from nmm_serve.chat import IMAGE
@@ -249,6 +251,10 @@ class NMMForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP):
             self.lm_head = PPMissingLayer()
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+        if current_platform.is_cpu() and vllm_config.model_config.enforce_eager and envs.VLLM_ENABLE_V1_MULTIPROCESSING:
+            # This is a worker process of its own. vLLM compiles some small functions even so, at their first use:
+            # the first request with log-probabilities then takes 15 seconds and a C++ compiler.
+            torch.compiler.set_stance("force_eager")
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
