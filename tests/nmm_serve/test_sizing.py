@@ -17,7 +17,7 @@ PRINTED = {
     "late-3.7b": "3.7B",
 }  # fmt: skip
 OFF_BY_ONE = {"late-289m": 289e6, "late-494m": 494e6}
-"""The rule that gives every other size gives 289.8M and 493.4M here; no choice of what to count gives both as printed."""
+"""The rule that gives every other size gives 289.8M and 493.4M here; no count gives both as printed."""
 
 
 def config_of(name, **fields):
