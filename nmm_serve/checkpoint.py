@@ -3,6 +3,7 @@
 It is written beside its place and renamed into it, so that a reader sees a whole one or none.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -46,8 +47,10 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         staging.rename(path)
         _fsync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
+        if "os error 28" in str(error):  # safetensors has an error of its own for a full disk
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
 
 

@@ -148,3 +148,11 @@ def test_hash_follows_what_the_model_says(copy):
     tensors["model.norm.weight"][0] += 1
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     assert checkpoint_hash(copy) != before
+
+
+def test_full_disk_is_told_as_one(tmp_path):
+    """safetensors reports it as an error of its own, which no handler of OSError would see."""
+    with pytest.raises(OSError, match="No space left") as error, atomic_directory(tmp_path / "out"):
+        raise RuntimeError("I/O error: No space left on device (os error 28)")
+    assert error.value.errno == errno.ENOSPC
+    assert not list(tmp_path.iterdir())
