@@ -10,6 +10,7 @@ import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -225,11 +226,15 @@ def _vqa_numbers(questions: Sequence[Question], scored: vqa.VQAScore, seed: int)
         members: dict[str, int] = {}
         for q in questions:
             members[getattr(q, field_name)] = members.get(getattr(q, field_name), 0) + 1
+
+        def in_group(group: str, question: Question) -> bool:
+            return getattr(question, field_name) == group
+
         return {
             group: {
                 "accuracy": value,
                 "n": members[group],
-                "interval": _as_dict(scored.interval(lambda q, g=group: getattr(q, field_name) == g, seed)),
+                "interval": _as_dict(scored.interval(partial(in_group, group), seed)),
             }
             for group, value in official[name].items()
         }

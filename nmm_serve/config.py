@@ -42,16 +42,19 @@ def check_shape(name: str, hidden_size: int, num_heads: int, head_dim: int) -> N
 
 @strict
 class NMMVisionConfig(PreTrainedConfig):
-    """The ViT encoder of late fusion: the decoder's block, bidirectional, with learned positions instead of RoPE."""
+    """The ViT encoder of late fusion: the decoder's block, bidirectional, with learned positions instead of RoPE.
+
+    0 for a size means: derive it from `hidden_size`.
+    """
 
     model_type = "nmm_vision"
     base_config_key = "vision_config"
 
     hidden_size: int = 384
-    intermediate_size: int | None = None
+    intermediate_size: int = 0
     num_hidden_layers: int = 24
-    num_attention_heads: int | None = None
-    head_dim: int | None = None
+    num_attention_heads: int = 0
+    head_dim: int = 0
     rms_norm_eps: float = 1e-5
 
     def __post_init__(self, **kwargs):
@@ -73,6 +76,8 @@ class NMMConfig(PreTrainedConfig):
 
     Images: an image is scaled to about `image_size` x `image_size` pixels in area, aspect ratio kept, and cut into
     patches of `patch_size` pixels; each patch is one token in the decoder, in both families.
+
+    0 for the number of heads, their size or the feed-forward size means: derive it from `hidden_size`.
     """
 
     model_type = "nmm"
@@ -81,11 +86,11 @@ class NMMConfig(PreTrainedConfig):
 
     vocab_size: int = 50432
     hidden_size: int = 800
-    intermediate_size: int | None = None
+    intermediate_size: int = 0
     num_hidden_layers: int = 24
-    num_attention_heads: int | None = None
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_attention_heads: int = 0
+    num_key_value_heads: int = 0
+    head_dim: int = 0
     max_position_embeddings: int = 1024
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
@@ -139,6 +144,12 @@ class NMMConfig(PreTrainedConfig):
             )
 
     @property
+    def encoder(self) -> NMMVisionConfig | None:
+        """`vision_config`, which the constructor also takes as a dict."""
+        assert not isinstance(self.vision_config, dict)
+        return self.vision_config
+
+    @property
     def fusion(self) -> Literal["early", "late"]:
         return "early" if self.vision_config is None else "late"
 
@@ -162,4 +173,4 @@ class NMMConfig(PreTrainedConfig):
     @property
     def vision_width(self) -> int:
         """Width of the first layer that sees patches: the encoder's, or without one the decoder's."""
-        return self.vision_config.hidden_size if self.vision_config is not None else self.hidden_size
+        return self.encoder.hidden_size if self.encoder is not None else self.hidden_size

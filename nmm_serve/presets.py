@@ -12,7 +12,8 @@ class Preset:
     hidden_size: int
     num_hidden_layers: int
     vision_hidden_size: int | None = None
-    intermediate_size: int | None = None
+    intermediate_size: int = 0
+    """0: the paper's rule, from the width."""
     peak_lr: float = 1e-3
 
 

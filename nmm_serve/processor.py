@@ -80,7 +80,7 @@ class NMMProcessor(ProcessorMixin):
     def encode_prompt(self, prompt: str, images: Sequence[Image.Image] = ()) -> Encoded:
         """A raw prompt: `<|image|>` marks each image, special tokens in it are special, `<|bos|>` is put before it."""
         ids: list[int] = []
-        patches, grids = [], []
+        patches, grids = [], list[tuple[int, int]]()
         for token in self.tokenizer.encode(prompt, add_special_tokens=True):
             if token != self.image_token_id:
                 ids.append(token)
@@ -112,10 +112,10 @@ class NMMProcessor(ProcessorMixin):
             ids.append([pad_id] * padding + row if left else row + [pad_id] * padding)
             mask.append([0] * padding + real if left else real + [0] * padding)
         batch = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-        with_images = [p for p in prompts if p.pixel_values is not None]
-        if with_images:
-            batch["pixel_values"] = torch.cat([p.pixel_values for p in with_images])
-            batch["image_grid"] = torch.cat([p.image_grid for p in with_images])
+        pixel_values = [p.pixel_values for p in prompts if p.pixel_values is not None]
+        image_grids = [p.image_grid for p in prompts if p.image_grid is not None]
+        if pixel_values:
+            batch |= {"pixel_values": torch.cat(pixel_values), "image_grid": torch.cat(image_grids)}
         return batch
 
     def __call__(

@@ -60,8 +60,7 @@ def count_params(config: NMMConfig) -> ParamCounts:
     side = 4 * (c.image_size // c.patch_size)
     other = _norms(layers, c.hidden_size, c.head_dim) + (c.patch_dim + 2 * side) * c.vision_width
     vision = 0
-    if c.vision_config is not None:
-        v = c.vision_config
+    if (v := c.encoder) is not None:
         heads = v.num_attention_heads
         vision = v.num_hidden_layers * _block(v.hidden_size, heads, heads, v.head_dim, v.intermediate_size)
         other += _norms(v.num_hidden_layers, v.hidden_size, v.head_dim) + v.hidden_size * c.hidden_size
@@ -96,8 +95,7 @@ def forward_flops(config: NMMConfig, images: Sequence[int], documents: Sequence[
     flops = 2 * counts.decoder_active * tokens + 2 * c.hidden_size * c.vocab_size * logits
     flops += 2 * c.patch_dim * c.vision_width * image_tokens
     flops += attention_flops(c.num_hidden_layers, c.num_attention_heads * c.head_dim, documents)
-    if c.vision_config is not None:
-        v = c.vision_config
+    if (v := c.encoder) is not None:
         flops += 2 * (counts.vision + v.hidden_size * c.hidden_size) * image_tokens
         flops += attention_flops(v.num_hidden_layers, v.hidden_size, images)
     return flops

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # The whole job on built-in data: train an early, a late and a MoE model of equal (active) size, serve and evaluate
-# each with vLLM, compare. OUT is where everything goes, STEPS scales the training, IMAGES the evaluation.
+# each with vLLM, compare. OUT is where everything goes, STEPS scales both stages of training, IMAGES the evaluation.
 set -euo pipefail
 out=${OUT:-demo}
-steps=${STEPS:-900}
+steps=${STEPS:-350}
 images=${IMAGES:-250}
 
 [ -d "$out/data" ] || nmm-train data builtin "$out/data" --split test --images "$images"
 for family in early late moe; do
     echo "== $family: pretraining, then fine-tuning"
-    nmm-train run demo --out "$out/$family/pretrain" --set model.family=$family --set steps=$((steps / 3))
+    nmm-train run demo --out "$out/$family/pretrain" --set model.family=$family --set steps="$steps"
     nmm-train run demo-sft --out "$out/$family/sft" --set model.family=$family --set steps="$steps" \
         --set init_from="$out/$family/pretrain/final"
 done

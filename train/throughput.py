@@ -1,12 +1,12 @@
 """How much work a batch is, and how much this machine could do: tokens, FLOPs, and the measured matrix-product rate."""
 
 import time
-from typing import Any
 
 import torch
 
 from nmm_serve.config import NMMConfig
 from nmm_serve.sizing import training_flops
+from nmm_serve.train.data.packing import Batch
 
 
 def gemm_rate(device: str, dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> float:
@@ -29,13 +29,13 @@ def _synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def batch_work(config: NMMConfig, batch: dict[str, Any]) -> dict[str, int]:
+def batch_work(config: NMMConfig, batch: Batch) -> dict[str, int]:
     """Tokens and training FLOPs (matrix products, attention included) of one packed batch; padding is no work."""
     document_BT = batch["document_ids"]
     rows_B1 = torch.arange(document_BT.shape[0])[:, None] * (int(document_BT.max()) + 1)
     numbered = (document_BT + rows_B1)[document_BT > 0]
     documents = torch.unique_consecutive(numbered, return_counts=True)[1].tolist()
-    images = [] if batch.get("image_grid") is None else batch["image_grid"].prod(-1).tolist()
+    images = [] if batch["image_grid"] is None else batch["image_grid"].prod(-1).tolist()
     labels = count_labels(batch)
     return {
         "tokens": sum(documents),
@@ -45,6 +45,6 @@ def batch_work(config: NMMConfig, batch: dict[str, Any]) -> dict[str, int]:
     }
 
 
-def count_labels(batch: dict[str, Any]) -> int:
+def count_labels(batch: Batch) -> int:
     """Positions that carry loss; the first column has no position before it to be predicted from."""
     return int((batch["labels"][:, 1:] != -100).sum())

@@ -9,6 +9,7 @@ from nmm_serve.models import NMMForConditionalGeneration
 from nmm_serve.processor import NMMProcessor
 from nmm_serve.train.config import TrainConfig
 from nmm_serve.train.data.loader import evaluation_batches
+from nmm_serve.train.data.packing import Batch
 from nmm_serve.train.data.sources import open_source
 from nmm_serve.train.throughput import count_labels
 
@@ -18,7 +19,7 @@ class Validation:
 
     def __init__(self, config: TrainConfig, processor: NMMProcessor, device: str, dtype: torch.dtype):
         self.device, self.dtype = device, dtype
-        self.batches = {}
+        self.batches: dict[str, list[Batch]] = {}
         for entry in config.data.validation:
             source = open_source(entry, Path(config.data.root))
             if source.name in self.batches:

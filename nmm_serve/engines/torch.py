@@ -53,7 +53,7 @@ class TorchEngine:
         self.close()
 
     def close(self) -> None:
-        self.network = None
+        del self.network
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -71,7 +71,7 @@ class TorchEngine:
         if request.messages is not None:
             prompt = self.processor.encode_chat(request.messages, request.images)
         else:
-            prompt = self.processor.encode_prompt(request.prompt, request.images)
+            prompt = self.processor.encode_prompt(request.prompt or "", request.images)
         room = self.context_length - len(prompt.input_ids)
         if room < request.sampling.max_tokens:
             raise PromptError(

@@ -69,9 +69,9 @@ class NMMModel(NMMPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.patch_embed = PatchEmbed(config)
-        if config.vision_config is not None:
-            self.vision = VisionEncoder(config.vision_config)
-            self.connector = nn.Linear(config.vision_config.hidden_size, config.hidden_size, bias=False)
+        if config.encoder is not None:
+            self.vision = VisionEncoder(config.encoder)
+            self.connector = nn.Linear(config.encoder.hidden_size, config.hidden_size, bias=False)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
@@ -83,6 +83,10 @@ class NMMModel(NMMPreTrainedModel):
             x_PD = self.connector(self.vision(x_PD, image_grid))
         return x_PD
 
+    def is_image(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Where the placeholders of patches are. Nowhere in a model without images."""
+        return input_ids == (-1 if self.config.image_token_id is None else self.config.image_token_id)
+
     def embed(self, input_ids: torch.Tensor, pixel_values=None, image_grid=None) -> torch.Tensor:
         """Token embeddings with the image tokens put in the place of their placeholders. [B, T, D]
 
@@ -90,7 +94,7 @@ class NMMModel(NMMPreTrainedModel):
         silently show the model the wrong image.
         """
         x_BTD = self.embed_tokens(input_ids)
-        is_image_BT = input_ids == self.config.image_token_id
+        is_image_BT = self.is_image(input_ids)
         num_slots, num_patches = int(is_image_BT.sum()), 0 if pixel_values is None else pixel_values.shape[0]
         if num_slots != num_patches:
             raise PromptError(
@@ -125,7 +129,7 @@ class NMMModel(NMMPreTrainedModel):
         if T == 1 and attention_mask is None:
             mask_B1TS = None
         else:
-            span_BT = image_spans(input_ids == self.config.image_token_id)
+            span_BT = image_spans(self.is_image(input_ids))
             allowed_B1TS = build_mask(span_BT, num_past + T, attention_mask, document_ids)
             # additive, once: attention would turn a bool mask into this in every layer, forward and backward
             mask_B1TS = torch.zeros_like(allowed_B1TS, dtype=x_BTD.dtype).masked_fill(~allowed_B1TS, float("-inf"))

@@ -34,7 +34,8 @@ def _difference(rng: random.Random, split: str) -> list[str | Image.Image]:
             continue
         old = name.obj
         told, new = _change(rng, old, name.phrase, split)
-        objects = tuple(new if o is old else o for o in before.objects if new or o is not old)
+        kept = (new if o is old else o for o in before.objects)
+        objects = tuple(o for o in kept if o is not None)
         if objects and in_split(layout(objects), split):
             break
     after = Scene(objects, rng.getrandbits(32))

@@ -8,7 +8,7 @@ Everything else follows from kinds, colors, sizes, places and digits being drawn
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nmm_serve.train.data.builtin.captions import relations
@@ -86,17 +86,17 @@ def _traits(value: str | None) -> dict[str, str]:
 
 def _color(names: Names, rng: random.Random) -> tuple[str, str] | None:
     found = names.draw(rng, names.objects, without="color")
-    return found and (f"What color is the {found.phrase}?", found.obj.color)
+    return (f"What color is the {found.phrase}?", found.obj.color) if found else None
 
 
 def _shape(names: Names, rng: random.Random) -> tuple[str, str] | None:
     found = names.draw(rng, [o for o in names.objects if o.digit is None], without="kind")
-    return found and (f"What shape is the {found.phrase}?", found.obj.kind)
+    return (f"What shape is the {found.phrase}?", found.obj.kind) if found else None
 
 
 def _size(names: Names, rng: random.Random) -> tuple[str, str] | None:
     found = names.draw(rng, names.objects, without="size")
-    return found and (f"Is the {found.phrase} large or small?", found.obj.size)
+    return (f"Is the {found.phrase} large or small?", found.obj.size) if found else None
 
 
 def _digit(names: Names, rng: random.Random) -> tuple[str, str] | None:
@@ -109,7 +109,7 @@ def _digit(names: Names, rng: random.Random) -> tuple[str, str] | None:
 
 def _where(names: Names, rng: random.Random) -> tuple[str, str] | None:
     found = names.draw(rng, names.objects)
-    return found and (f"Where is the {found.phrase}?", found.obj.cell)
+    return (f"Where is the {found.phrase}?", found.obj.cell) if found else None
 
 
 def _what_at(names: Names, rng: random.Random) -> tuple[str, str]:
@@ -186,7 +186,7 @@ def _beside(names: Names, rng: random.Random, text: str, trait: str) -> tuple[st
         return None
     anchor, word, found = rng.choice(candidates)
     name = names.draw(rng, [anchor])
-    return name and (text.format(word, name.phrase), getattr(found, trait))
+    return (text.format(word, name.phrase), getattr(found, trait)) if name else None
 
 
 def _offset(anchor: Object, other: Object, word: str) -> int:
@@ -236,7 +236,7 @@ def _same_shape(names: Names, rng: random.Random) -> tuple[str, str] | None:
     return _same(names, rng, [o for o in names.objects if o.kind in SHAPES], "kind", "shape")
 
 
-def _same(names: Names, rng: random.Random, among: list[Object], trait: str, word: str) -> tuple[str, str] | None:
+def _same(names: Names, rng: random.Random, among: Sequence[Object], trait: str, word: str) -> tuple[str, str] | None:
     named = [o for o in among if names.draw(rng, [o], without=trait)]
     pairs = [(o, p) for o in named for p in named if o is not p]
     same = [pair for pair in pairs if getattr(pair[0], trait) == getattr(pair[1], trait)]
@@ -245,7 +245,13 @@ def _same(names: Names, rng: random.Random, among: list[Object], trait: str, wor
         return None
     answer = rng.choice(("yes", "no"))
     one, other = (names.draw(rng, [o], without=trait) for o in rng.choice(same if answer == "yes" else different))
+    assert one is not None and other is not None, "both could be named above"  # noqa: PT018
     return f"Are the {one.phrase} and the {other.phrase} the same {word}?", answer
+
+
+def _value(written: Object) -> int:
+    assert written.digit is not None
+    return written.digit
 
 
 def _greater_digit(names: Names, rng: random.Random) -> tuple[str, str] | None:
@@ -255,7 +261,8 @@ def _greater_digit(names: Names, rng: random.Random) -> tuple[str, str] | None:
     one, other = (names.draw(rng, [o], without="value", need="kind") for o in rng.sample(written, 2))
     if not one or not other:
         return None
-    return f"Is the {one.phrase} greater than the {other.phrase}?", "yes" if one.obj.digit > other.obj.digit else "no"
+    greater = _value(one.obj) > _value(other.obj)
+    return f"Is the {one.phrase} greater than the {other.phrase}?", "yes" if greater else "no"
 
 
 def _greater_than_number(names: Names, rng: random.Random) -> tuple[str, str] | None:
@@ -264,8 +271,8 @@ def _greater_than_number(names: Names, rng: random.Random) -> tuple[str, str] | 
     found = names.draw(rng, [o for o in names.objects if o.digit is not None], without="value", need="kind")
     if not found:
         return None
-    weights = {d: [1 / (9 - t) if d > t else 1 / (t + 1) for t in THRESHOLDS] for d in (0, found.obj.digit)}
-    digit = found.obj.digit
+    digit = _value(found.obj)
+    weights = {d: [1 / (9 - t) if d > t else 1 / (t + 1) for t in THRESHOLDS] for d in (0, digit)}
     # Digit 0 has the largest total; the others are asked about as much less often as their weights say.
     if rng.random() >= sum(weights[digit]) / sum(weights[0]):
         return None
@@ -282,6 +289,13 @@ def _sum(names: Names, rng: random.Random) -> tuple[str, str] | None:
 ASKS: dict[str, dict[Ask, float]] = {
     "recognition": {_digit: 12, _shape: 2, _color: 2, _size: 1, _where: 2, _what_at: 2, _color_at: 1, _exists: 2},
     "relation": {_is_beside: 2, _what_beside: 1, _color_beside: 1},
-    "comparison": {_sum: 8, _greater_digit: 8, _greater_than_number: 4, _same_color: 4, _same_shape: 4}
-    | {_which_larger: 4, _more: 1},
+    "comparison": {
+        _sum: 8,
+        _greater_digit: 8,
+        _greater_than_number: 4,
+        _same_color: 4,
+        _same_shape: 4,
+        _which_larger: 4,
+        _more: 1,
+    },
 }
