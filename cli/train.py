@@ -71,6 +71,34 @@ class RunView:
 
 
 @main.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+def watch(runs: tuple[Path, ...]) -> None:
+    """Show the progress of RUNS, folders that `nmm-train run` trains into or will, until all are done."""
+    import time
+
+    from nmm_serve.train.log import progress
+
+    with progress_bars() as bars:
+        tasks = {run: bars.add_task(f"{run}: waiting", total=None) for run in runs}
+        shown: dict[Path, int] = {}
+        while tasks:
+            for run in list(tasks):
+                state = progress(run)
+                if state is None:
+                    continue
+                if run not in shown:
+                    bars.reset(tasks[run])
+                text = f"{run}: loss {state.loss:.3f}" if state.loss is not None else f"{run}: starting"
+                bars.update(tasks[run], completed=state.step, total=state.steps, description=text)
+                if bars.disable and state.step // 100 > shown.get(run, -1):
+                    note(f"{text}, step {state.step} of {state.steps}")
+                shown[run] = state.step // 100
+                if state.done:
+                    del tasks[run]
+            time.sleep(1)
+
+
+@main.command()
 def recipes() -> None:
     """List the recipes that ship with the project."""
     from nmm_serve.train.config import load_config, recipe_names

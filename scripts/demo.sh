@@ -1,19 +1,47 @@
 #!/usr/bin/env bash
 # The whole job on built-in data: train an early, a late and a MoE model of equal (active) size, serve and evaluate
-# each with vLLM, compare. OUT is where everything goes, STEPS scales both stages of training, IMAGES the evaluation.
+# each with vLLM, compare. OUT is where everything goes, PRETRAIN and SFT are the steps of the two stages of training,
+# IMAGES is the size of the evaluation.
 set -euo pipefail
 out=${OUT:-demo}
-steps=${STEPS:-350}
 images=${IMAGES:-250}
+families="early late moe"
 
-[ -d "$out/data" ] || nmm-train data builtin "$out/data" --split test --images "$images"
-for family in early late moe; do
-    echo "== $family: pretraining, then fine-tuning"
-    nmm-train run demo --out "$out/$family/pretrain" --set model.family=$family --set steps="$steps"
-    nmm-train run demo-sft --out "$out/$family/sft" --set model.family=$family --set steps="$steps" \
-        --set init_from="$out/$family/pretrain/final"
+# Small products gain little from a second thread: three runs of one thread each are faster than one after the other.
+cores=$(getconf _NPROCESSORS_ONLN)
+threads=$((cores > 3 ? cores / 3 : 1))
+
+train() {
+    nmm-train run demo --out "$out/$1/pretrain" --set model.family="$1" ${PRETRAIN:+--set steps="$PRETRAIN"} &&
+        nmm-train run demo-sft --out "$out/$1/sft" --set model.family="$1" ${SFT:+--set steps="$SFT"} \
+            --set init_from="$out/$1/pretrain/final"
+}
+
+echo "== training: pretraining on captions and text, then fine-tuning on questions"
+mkdir -p "$out"
+runs=()
+pids=()
+for family in $families; do
+    OMP_NUM_THREADS=$threads train "$family" >"$out/$family.log" 2>&1 &
+    pids+=($!)
+    runs+=("$out/$family/pretrain" "$out/$family/sft")
 done
-for family in early late moe; do
+nmm-train watch "${runs[@]}" &
+watcher=$!
+trap 'kill "${pids[@]}" $watcher 2>/dev/null || true' EXIT
+[ -d "$out/data" ] || nmm-train data builtin "$out/data" --split test --images "$images"
+for family in $families; do
+    wait "${pids[0]}" || {
+        echo "training of $family failed; the end of $out/$family.log:" >&2
+        tail -n 5 "$out/$family.log" >&2
+        exit 1
+    }
+    pids=("${pids[@]:1}")
+done
+wait $watcher
+trap - EXIT
+
+for family in $families; do
     echo "== $family: served by vLLM, evaluated on the test split"
     nmm-eval all --model "$out/$family/sft/final" --name $family --engine vllm \
         --data "$out/data" --split test -o "$out/records/$family.json"

@@ -37,7 +37,7 @@ def demo(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     # the training is a few times shorter than `make demo`'s, the rest is the same
-    environment = os.environ | {"PATH": path, "STEPS": "200", "IMAGES": "40"}
+    environment = os.environ | {"PATH": path, "PRETRAIN": "150", "SFT": "250", "IMAGES": "40"}
     run = subprocess.run([ROOT / "scripts/demo.sh"], cwd=folder, env=environment, capture_output=True, text=True)
     (folder / "output.txt").write_text(run.stdout + run.stderr)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]

@@ -3,8 +3,11 @@
 import json
 import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 
 class RunLog:
@@ -31,6 +34,33 @@ class RunLog:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. `loss` is that of its last logged step."""
+
+    step: int
+    steps: int
+    loss: float | None
+    done: bool
+
+
+def progress(folder: Path) -> Progress | None:
+    """Read a run's progress from its folder; None before it has started."""
+    config = folder / "config.yaml"
+    if not config.is_file():
+        return None
+    values = yaml.safe_load(config.read_text())
+    if not values:  # it is being written this moment
+        return None
+    last = next((e for e in reversed(_read(folder / "log.jsonl")) if e["event"] == "train"), None)
+    return Progress(
+        step=last["step"] if last else 0,
+        steps=values["steps"],
+        loss=last["loss"] if last else None,
+        done=(folder / "final").is_dir(),
+    )
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

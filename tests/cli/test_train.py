@@ -31,6 +31,9 @@ def test_run_trains_and_says_where(tmp_path, recipe):
     again = run("run", recipe, "--out", tmp_path / "run", "--set", "steps=3", "--set", "eval_every=3")
     assert again.exit_code == 0
     assert "step 3" not in again.stderr
+    watched = run("watch", tmp_path / "run")
+    assert watched.exit_code == 0
+    assert "step 3 of 3" in watched.stderr
 
 
 @pytest.mark.parametrize(
