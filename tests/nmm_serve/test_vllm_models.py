@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def test_same_tokens_as_torch(checkpoint, family):
         assert_parity(reference, engine, requests[-1:] + requests[:2])  # again, from the prefix cache
 
 
-CRAMPED = {
+CRAMPED: dict[str, dict[str, Any]] = {
     "steps": {"max_num_batched_tokens": 100},  # little more than one image: most wait, some of them more than once
     "cache": {"kv_cache_memory_bytes": 8 * 128 * 2048, "prefix_caching": False},  # requests are thrown out and redone
 }

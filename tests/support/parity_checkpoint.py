@@ -2,6 +2,7 @@
 falls to whoever rounds first."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from nmm_serve.engines.base import Engine, Request, SamplingParams
 from nmm_serve.engines.parity import compare_engines
 
 VISION = {"hidden_size": 64, "num_hidden_layers": 2}
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "early": {},
     "late": {"vision_config": VISION},
     "moe": {"num_experts": 4},
