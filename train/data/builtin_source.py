@@ -12,7 +12,8 @@ from nmm_serve.train.data.sources import Source, Visit
 class Builtin(Source):
     """`which` of the built-in kinds; the first `size` examples of `split` (they have no end); `seed` of the examples.
 
-    Captions: one of five an epoch. vqa: all questions of an image in one chat, in a new order each epoch.
+    Captions: one of five an epoch, or all of them in one document. vqa: all questions of an image in one chat, in a new
+    order each epoch.
     """
 
     def __init__(
@@ -23,11 +24,12 @@ class Builtin(Source):
         split: Literal["train", "val", "test"] = "train",
         size: int = 1_000_000,
         seed: int = 0,
+        captions: Literal["one", "all"] = "one",
     ) -> None:
         if size < 1:
             raise ConfigError(f"source {name!r}: size {size}; expected 1 or more")
         self.name, self.kind = name, which
-        self._split, self._size, self._seed = split, size, seed
+        self._split, self._size, self._seed, self._captions = split, size, seed, captions
 
     def __len__(self) -> int:
         return self._size
@@ -49,7 +51,7 @@ class Builtin(Source):
             return documents.interleaved_document(parts, images, name=name)
         example = builtin.builtin_images(self._split, index, self._seed)
         if self.kind == "caption":
-            caption = example.captions[visit.rotate(len(example.captions), index)]
+            caption = visit.caption(example.captions, self._captions, index)
             return documents.caption_document(example.image, caption, objective=visit.objective, name=name)
         pairs = [(q["question"], q["multiple_choice_answer"]) for q in example.questions]
         visit.rng(index).shuffle(pairs)

@@ -18,7 +18,10 @@ MAX_QUESTIONS = 8
 
 
 class CocoCaptions(Source):
-    """One document an image; an epoch takes one of its captions, and the next epoch the next."""
+    """One document an image; an epoch takes one of its captions, and the next epoch the next.
+
+    `captions: all` puts all of them into the document.
+    """
 
     kind = "caption"
 
@@ -30,22 +33,23 @@ class CocoCaptions(Source):
         split: str = "train",
         annotations: Path | None = None,
         images: Path | None = None,
+        captions: Literal["one", "all"] = "one",
     ) -> None:
-        self.name = name
+        self.name, self._which = name, captions
         annotations = _file(name, "annotations", annotations, data, f"captions_{split}.json")
         self._images = _folder(name, images, data, split)
-        captions: dict[Any, list[str]] = {}
+        by_image: dict[Any, list[str]] = {}
         for record in _records(annotations, "annotations", ("image_id", "caption")):
-            captions.setdefault(record["image_id"], []).append(record["caption"])
+            by_image.setdefault(record["image_id"], []).append(record["caption"])
         self._files: list[str] = []
         self._captions: list[list[str]] = []
         for record in _records(annotations, "images", ("id", "file_name")):
-            if record["id"] in captions:
+            if record["id"] in by_image:
                 self._files.append(record["file_name"])
-                self._captions.append(captions.pop(record["id"]))
-        if captions:
+                self._captions.append(by_image.pop(record["id"]))
+        if by_image:
             raise DataError(
-                f"{annotations}: {len(captions)} captioned images (first: {next(iter(captions))!r}) are not in images[]"
+                f"{annotations}: {len(by_image)} captioned images (first: {next(iter(by_image))!r}) are not in images[]"
             )
 
     def __len__(self) -> int:
@@ -55,8 +59,7 @@ class CocoCaptions(Source):
         return f"{self.name}:{self._files[index]}"
 
     def document(self, index: int, visit: Visit) -> Document:
-        captions = self._captions[index]
-        caption = captions[visit.rotate(len(captions), index)]
+        caption = visit.caption(self._captions[index], self._which, index)
         image = self._images / self._files[index]
         return caption_document(image, caption, objective=visit.objective, name=self.item_name(index))
 

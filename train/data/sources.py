@@ -3,10 +3,10 @@
 import importlib
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nmm_serve.errors import ConfigError, DataError, unknown_name
 from nmm_serve.train.data.documents import Document, Kind, Objective
@@ -39,6 +39,13 @@ class Visit:
     def rotate(self, number: int, key: object) -> int:
         """One of range(number): a seeded one in the first epoch, then in turn, so that all come up."""
         return (random.Random(f"{self.seed}/{key}").randrange(number) + self.epoch) % number
+
+    def caption(self, captions: Sequence[str], which: Literal["one", "all"], key: object) -> str:
+        """One of an image's captions, another one each epoch; or all of them in a new order, as one text: a picture is
+        costly to read, and each caption tells something else of it."""
+        if which == "one":
+            return captions[self.rotate(len(captions), key)]
+        return " ".join(self.rng("captions", key).sample(list(captions), len(captions)))
 
 
 class Source(ABC):
