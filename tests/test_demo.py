@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 FAMILIES = ("early", "late", "moe")
 BF16_BOUND = {"early": 0.1, "late": 0.1, "moe": 0.4}
 """Nats. bf16 keeps 8 bits of mantissa, so logits of about 10 round by up to 0.03, several times on the way to one
-log-probability (seen: 0.03). In a MoE a rounded router can send a token to another expert, which is a step, not a rounding
+log-probability (seen: 0.03). In a MoE a rounded router can send a token to another expert: a step, not a rounding
 (seen: 0.1)."""
 
 
