@@ -218,15 +218,17 @@ def info(checkpoint: Path, as_json: bool) -> None:
         return
     rows = [[name.replace("_", " "), _show(value)] for name, value in found.items() if name != "run"]
     run = found["run"]
-    rows += [[f"run: {name}", _show(value)] for name, value in run.items()] if run else [["run", "no run.json"]]
+    curves = ("history", "validation", "config")  # pages of numbers; --json has them
+    rows += [[f"run: {name}", _show(value)] for name, value in run.items() if name not in curves]
+    rows += [] if run else [["run", "no run.json"]]
     print_table(str(checkpoint), ["", ""], rows)
 
 
 def _show(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "-"}[value]
-    if isinstance(value, int):
-        return f"{value:,}"
+    if isinstance(value, (int, float)):
+        return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
     if isinstance(value, dict):
         return ", ".join(f"{name} {_show(inner)}" for name, inner in value.items())
     if isinstance(value, list):
