@@ -17,25 +17,28 @@ def lr_factor(step: int, steps: int, schedule: ScheduleConfig) -> float:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, peak_lr: float) -> torch.optim.AdamW:
-    """AdamW over four groups: encoder or not, decayed or not. Each group carries its peak as `peak_lr`.
+    """AdamW over groups of one rate, decayed or not. Each group carries its peak as `peak_lr`.
 
     Norm gains and position tables are not decayed. torch multiplies decay by the current rate; dividing by the peak
     here makes it p <- p * (1 - weight_decay * lr / peak), the paper's fully decoupled form.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         vision = ".vision." in name or (".patch_embed." in name and hasattr(model.model, "vision"))
+        scale = config.vision_lr_scale if vision else 1.0
+        if name.endswith("patch_embed.proj.weight"):
+            scale *= config.patch_lr_scale
         decayed = parameter.ndim >= 2 and not name.endswith(("row_embed.weight", "col_embed.weight"))
-        groups.setdefault((vision, decayed), []).append(parameter)
+        groups.setdefault((scale, decayed), []).append(parameter)
     return torch.optim.AdamW(
         [
             {
                 "params": parameters,
-                "peak_lr": (peak := peak_lr * (config.vision_lr_scale if vision else 1.0)),
+                "peak_lr": (peak := peak_lr * scale),
                 "lr": peak,
                 "weight_decay": config.weight_decay / peak if decayed and peak else 0.0,
             }
-            for (vision, decayed), parameters in sorted(groups.items())
+            for (scale, decayed), parameters in sorted(groups.items())
         ],
         betas=config.betas,
         eps=config.eps,
