@@ -14,5 +14,6 @@ lint: setup
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@# mypy cannot follow an editable install's import hook, so it checks the installed package
+	@rm -rf build
 	@.venv/bin/pip install --quiet --no-deps --upgrade --target build/typecheck . 2>&1 | grep -v "WARNING" || true
 	@MYPYPATH=build/typecheck .venv/bin/mypy -p nmm_serve
