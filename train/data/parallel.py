@@ -103,11 +103,13 @@ def encoded_documents(
             chunks = iter(loader)
         for chunk, patches in chunks:
             yield from _unshare(chunk, patches)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, EOFError, ConnectionError) as error:
+        # the last two: it died while its patches were being handed over
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         raise DataError(
-            f"a data worker ended unexpectedly ({error}); out of memory? Try a smaller num_workers, or 0"
+            f"a data worker ended unexpectedly ({error or type(error).__name__}); out of memory? "
+            "Try a smaller num_workers, or 0"
         ) from None
 
 
