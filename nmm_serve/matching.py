@@ -54,7 +54,7 @@ def partner(
     def misfit(config: NMMConfig) -> float:
         # a mismatch in cost counts most; among equals, the early model's own proportions
         proportion = abs(config.intermediate_size / config.hidden_size / ratio - 1)
-        return abs(cost(config) / goal - 1) + 0.02 * proportion
+        return abs(cost(config) / goal - 1) + 0.01 * proportion
 
     widths = range(64, early.hidden_size + 1, 32)
     candidates = [
@@ -63,6 +63,14 @@ def partner(
         for size in range(max(32, _to_32(0.6 * ratio * width)), _to_32(1.5 * ratio * width) + 1, 32)
     ]
     best = min(candidates, key=misfit)
+    # steps of 32 are coarse in small models: near the best, let the encoder's SwiGLU width vary by itself
+    around = [
+        _late(early, width, size, vision_size)
+        for width in range(max(64, best.hidden_size - 32), min(early.hidden_size, best.hidden_size + 32) + 1, 32)
+        for size in range(max(32, best.intermediate_size - 64), best.intermediate_size + 65, 32)
+        for vision_size in range(_to_32(0.3 * ratio * width), _to_32(0.8 * ratio * width) + 1, 32)
+    ]
+    best = min([best, *around], key=misfit)
     off = cost(best) / goal - 1
     if abs(off) > 0.05:
         raise ConfigError(
@@ -75,7 +83,7 @@ def _to_32(size: float) -> int:
     return max(32, round(size / 32) * 32)
 
 
-def _late(early: NMMConfig, width: int, intermediate: int) -> NMMConfig:
+def _late(early: NMMConfig, width: int, intermediate: int, vision_intermediate: int = 0) -> NMMConfig:
     vision_width = _to_32(width / 2)
     return _with(
         early,
@@ -83,7 +91,7 @@ def _late(early: NMMConfig, width: int, intermediate: int) -> NMMConfig:
         intermediate_size=intermediate,
         vision_config={
             "hidden_size": vision_width,
-            "intermediate_size": _to_32(vision_width * intermediate / width),
+            "intermediate_size": vision_intermediate or _to_32(vision_width * intermediate / width),
             "num_hidden_layers": early.num_hidden_layers,
             "rms_norm_eps": early.rms_norm_eps,
         },

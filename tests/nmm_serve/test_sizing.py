@@ -102,6 +102,16 @@ def test_partners_match(name, by):
     assert (both.family, both.vision_config.hidden_size) == ("late-moe", late.vision_config.hidden_size)
 
 
+@pytest.mark.parametrize(("patch_size", "image_size"), [(8, 64), (14, 112), (24, 72)])
+def test_smallest_preset_matches_too(patch_size, image_size):
+    shape = preset("nano")
+    early = NMMConfig(
+        vocab_size=448, hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_hidden_layers, patch_size=patch_size, image_size=image_size,
+    )  # fmt: skip
+    assert count_params(partner(early, "late")).total / count_params(early).total == pytest.approx(1, abs=0.01)
+
+
 def test_partner_refuses_what_it_cannot_match():
     early = NMMConfig(vocab_size=512, hidden_size=128, num_hidden_layers=2)
     with pytest.raises(ConfigError, match="Did you mean 'late'"):
