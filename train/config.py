@@ -58,9 +58,6 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 1e-4
     grad_clip: float = 1.0
-    patch_lr_scale: float = 1.0
-    """Rate of the patch projection relative to that of its family. Its inputs are raw pixels, which on light
-    backgrounds all have one sign: Adam's steps add up over the patch, and a large patch wants a smaller rate."""
     vision_lr_scale: float = 0.01
     """Late fusion: the encoder's rate relative to the decoder's. The paper's table 8 finds 0.01 best from scratch."""
 

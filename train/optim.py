@@ -26,8 +26,6 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, peak_lr: float) -
     for name, parameter in model.named_parameters():
         vision = ".vision." in name or (".patch_embed." in name and hasattr(model.model, "vision"))
         scale = config.vision_lr_scale if vision else 1.0
-        if name.endswith("patch_embed.proj.weight"):
-            scale *= config.patch_lr_scale
         decayed = parameter.ndim >= 2 and not name.endswith(("row_embed.weight", "col_embed.weight"))
         groups.setdefault((scale, decayed), []).append(parameter)
     return torch.optim.AdamW(
