@@ -1,5 +1,7 @@
 """Images to patches, for every engine: the one implementation, in transformers' shape."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from PIL import Image
@@ -15,15 +17,21 @@ class NMMImageProcessor(PilBackend):
     """Scale an image to about `image_size` squared pixels, aspect ratio kept, and cut it into raw patches.
 
     Output: `pixel_values` [patches of all images, 3 * patch_size^2] float32 in [-1, 1] and `image_grid`
-    [images, 2] rows and columns of patches.
+    [images, 2] rows and columns of patches. With `raw_pixels`, `pixel_values` are the images' uint8 pixels in the same
+    shape, for the model to normalise and cut (see `nmm_serve.kernels.image_front`).
     """
 
     model_input_names = ["pixel_values", "image_grid"]  # noqa: RUF012
+    raw_pixels = False
 
     def __init__(self, patch_size: int = 14, image_size: int = 224, **kwargs):
         super().__init__(**kwargs)
         self.patch_size = patch_size
         self.image_size = image_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps. `raw_pixels` is how one process hands images over, no property of a model."""
+        return {name: value for name, value in super().to_dict().items() if name != "raw_pixels"}
 
     @property
     def max_image_tokens(self) -> int:
@@ -34,13 +42,16 @@ class NMMImageProcessor(PilBackend):
         return patch_grid(width, height, self.max_image_tokens, min(MAX_ASPECT_RATIO, self.max_image_tokens))
 
     def patches(self, image: Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:
-        """One image -> ([rows*cols, 3*patch_size^2] float32, (rows, cols))."""
+        """One image -> ([rows*cols, 3*patch_size^2] float32, or uint8 with `raw_pixels`; (rows, cols))."""
         image = load_image(image)
         rows, cols = self.grid(*image.size)
         size = (cols * self.patch_size, rows * self.patch_size)
         if image.size != size:
             image = image.resize(size, Image.Resampling.BICUBIC)
-        return patchify(torch.from_numpy(np.array(image)), self.patch_size), (rows, cols)
+        pixels_HWC = torch.from_numpy(np.array(image))
+        if self.raw_pixels:
+            return pixels_HWC.view(rows * cols, -1), (rows, cols)
+        return patchify(pixels_HWC, self.patch_size), (rows, cols)
 
     def preprocess(self, images, return_tensors=None, **kwargs) -> BatchFeature:
         """One image or a list of images (PIL, or uint8 arrays of shape [H, W, 3] or [H, W])."""
@@ -50,13 +61,18 @@ class NMMImageProcessor(PilBackend):
         data = {
             "pixel_values": torch.cat([patches for patches, _ in results])
             if results
-            else torch.empty((0, 3 * self.patch_size**2)),
+            else torch.empty((0, 3 * self.patch_size**2), dtype=torch.uint8 if self.raw_pixels else torch.float32),
             "image_grid": torch.tensor([grid for _, grid in results], dtype=torch.long).view(-1, 2),
         }
         return BatchFeature(data=data, tensor_type=return_tensors)
 
     def __call__(self, images, *args, **kwargs) -> BatchFeature:
         return self.preprocess(images, *args, **kwargs)
+
+
+def takes_raw_pixels(device: str) -> bool:
+    """Where a model is given raw pixels: on a GPU, where one kernel does the rest and a quarter of the bytes cross."""
+    return torch.device(device).type == "cuda"
 
 
 def as_pil(image) -> Image.Image:

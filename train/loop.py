@@ -14,6 +14,7 @@ import torch
 from nmm_serve import __version__
 from nmm_serve.checkpoint import load_model, load_processor, save_checkpoint
 from nmm_serve.errors import TrainingError
+from nmm_serve.image_processor import takes_raw_pixels
 from nmm_serve.presets import preset
 from nmm_serve.sizing import count_params, paper_flops
 from nmm_serve.train.build import build
@@ -68,6 +69,7 @@ class Trainer:
             self.model, self.processor = load_model(points[-1]), load_processor(points[-1])
         else:
             self.model, self.processor = build(config, self.mixture)
+        self.processor.image_processor.raw_pixels = takes_raw_pixels(self.device)
         self.model.to(self.device).train()
         self.optimizer = build_optimizer(self.model, config.optimizer, self.peak_lr)
         state = load_resume(points[-1], self.model, self.optimizer) if points else {}

@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache
 from nmm_serve.checkpoint import load_model, load_processor
 from nmm_serve.engines.base import Output, Progress, Request, SamplingParams, Score, ScoreRequest, Timing
 from nmm_serve.errors import ConfigError, ImageError, NMMError, PromptError, unknown_name
+from nmm_serve.image_processor import takes_raw_pixels
 from nmm_serve.processor import Encoded
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,6 +44,7 @@ class TorchEngine:
         self.batch_size = batch_size
         self.use_cache = use_cache
         self.processor = load_processor(model)
+        self.processor.image_processor.raw_pixels = takes_raw_pixels(self.device)
         self.network = load_model(model, DTYPES.get(dtype), self.device)
         self.context_length = self.network.config.max_position_embeddings
 

@@ -184,7 +184,7 @@ class NMMForConditionalGeneration(NMMPreTrainedModel, GenerationMixin):
         """
         Args:
             input_ids: [B, T], each image as one placeholder a patch.
-            pixel_values: [P, K] raw patches of all images in order of appearance, in [-1, 1].
+            pixel_values: [P, K] raw patches of all images in order of appearance, in [-1, 1]; or their uint8 pixels.
             image_grid: [I, 2] rows and columns of patches.
             attention_mask: [B, S], 0 for padding.
             document_ids: [B, T], 1, 2, ... to keep attention inside documents that share a row; 0 is padding.

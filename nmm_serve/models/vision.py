@@ -6,6 +6,7 @@ Legend: P patches of all images, R = rows*cols patches of one image, I images, K
 import torch
 from torch import nn
 
+from nmm_serve.kernels.image_front import cut_image, image_front, normalise, patch_positions
 from nmm_serve.models.blocks import EncoderLayer, RMSNorm
 
 MAX_ASPECT_RATIO = 16
@@ -30,13 +31,16 @@ class PatchEmbed(nn.Module):
         self.col_embed = nn.Embedding(max_grid_side(config), config.vision_width)
 
     def forward(self, patches_PK: torch.Tensor, grid_I2: torch.Tensor) -> torch.Tensor:
-        P = patches_PK.shape[0]
-        length_I = grid_I2.prod(-1)
-        start_I = length_I.cumsum(0) - length_I
-        start_P, cols_P = (x.repeat_interleave(length_I, output_size=P) for x in (start_I, grid_I2[:, 1]))
-        index_P = torch.arange(P, device=patches_PK.device) - start_P
-        position_PD = self.row_embed(index_P // cols_P) + self.col_embed(index_P % cols_P)
-        return self.proj(patches_PK.to(self.proj.weight.dtype)) + position_PD
+        """float patches in [-1, 1], or uint8 pixels as `image_front` takes them, which is one launch on a GPU."""
+        weight_DK = self.proj.weight
+        if patches_PK.dtype == torch.uint8:
+            device = weight_DK.device.type
+            if torch.is_autocast_enabled(device):  # knows nothing of our ops
+                weight_DK = weight_DK.to(torch.get_autocast_dtype(device))
+            return image_front(patches_PK, grid_I2, weight_DK, self.row_embed.weight, self.col_embed.weight)
+        row_P, col_P = patch_positions(grid_I2, patches_PK.shape[0])
+        position_PD = self.row_embed(row_P) + self.col_embed(col_P)
+        return self.proj(patches_PK.to(weight_DK.dtype)) + position_PD
 
 
 class VisionEncoder(nn.Module):
@@ -67,7 +71,4 @@ def patchify(pixels_HWC: torch.Tensor, patch_size: int) -> torch.Tensor:
 
     The one definition of "image to patches"; the trainer and every engine use it.
     """
-    H, W, C = pixels_HWC.shape
-    p = patch_size
-    patches = pixels_HWC.view(H // p, p, W // p, p, C).permute(0, 2, 1, 3, 4).reshape(-1, p * p * C)
-    return patches.float() / 127.5 - 1.0
+    return normalise(cut_image(pixels_HWC, patch_size))

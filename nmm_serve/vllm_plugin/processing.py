@@ -21,10 +21,12 @@ from vllm.multimodal.processing import (
     PromptUpdate,
     PromptUpdateDetails,
 )
+from vllm.platforms import current_platform
 
 from nmm_serve.chat import IMAGE
 from nmm_serve.config import NMMConfig
 from nmm_serve.errors import NMMError
+from nmm_serve.image_processor import takes_raw_pixels
 from nmm_serve.images import load_image
 from nmm_serve.processor import NMMProcessor
 
@@ -58,7 +60,9 @@ class NMMProcessingInfo(BaseProcessingInfo):
         """A client's `mm_processor_kwargs` would feed the model images of a size it was not trained on: refused."""
         if kwargs:
             raise VLLMValidationError(f"this model takes no mm_processor_kwargs, but got {sorted(kwargs)}")
-        return self.ctx.get_hf_processor(NMMProcessor)
+        processor = self.ctx.get_hf_processor(NMMProcessor)
+        processor.image_processor.raw_pixels = takes_raw_pixels(current_platform.device_type)
+        return processor
 
     def get_data_parser(self) -> MultiModalDataParser:
         return NMMDataParser(

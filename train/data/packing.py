@@ -32,7 +32,8 @@ class KindCounts(TypedDict):
 class Batch(TypedDict):
     """`input_ids`, `labels`, `position_ids`, `document_ids` [B, T] int64: labels[t] is the label OF token t or -100,
     positions restart with each document, documents count 1, 2, ... in a row and 0 is padding. `pixel_values` [P, K]
-    float32 and `image_grid` [I, 2] int64 are None without images. `counts` by kind of document.
+    (float32 patches, or uint8 pixels for a GPU) and `image_grid` [I, 2] int64 are None without images. `counts` by
+    kind of document.
     """
 
     input_ids: torch.Tensor
