@@ -118,6 +118,7 @@ def report(records: tuple[Path, ...], output: Path, title: str) -> None:
 
 
 def _evaluate(tasks: tuple[str, ...], options: dict[str, Any]) -> None:
+    from nmm_serve.evals.answers import FOLDER
     from nmm_serve.evals.datasets import find_files
     from nmm_serve.evals.latency import Load
     from nmm_serve.evals.run import Options, evaluate, failures, load_data, open_for
@@ -140,10 +141,11 @@ def _evaluate(tasks: tuple[str, ...], options: dict[str, Any]) -> None:
     out = options["output"] or Path(f"{_file_name(name or model)}-{label}.json")
     plan = Options(
         tasks=tasks, files=files, out=out, name=name, limit=options["limit"], seed=options["seed"], load=load,
+        at_once=options["batch_size"],
     )  # fmt: skip
     data = load_data(plan)  # before the model: a wrong path should not cost the time to load one
     with quiet_stdout():
-        engine = open_for(plan, model, options["engine"], options["batch_size"])
+        engine = open_for(plan, model, options["engine"])
         try:
             with progress_bars() as bars:
 
@@ -158,6 +160,10 @@ def _evaluate(tasks: tuple[str, ...], options: dict[str, Any]) -> None:
         print_json(record)
     else:
         _print_comparison([record], as_json=False)
+    for task, section in record["tasks"].items():
+        if section.get("answers_reused"):
+            kept = f"{section['answers_reused']:,} of {section['n']:,} answers were kept from an earlier run"
+            note(f"{task}: {kept}; delete {out.parent / FOLDER} to ask again")
     note(f"Record written to {out}")
     failed = failures(record)
     if failed:

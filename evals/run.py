@@ -2,6 +2,8 @@
 
 An item that failed is never scored as an answer. When any item failed, the task's numbers are null with the reason, and
 the numbers over the items that did come back stand under `answered_only`, which says over how many.
+
+Answers are kept on disk as they come (`evals/answers.py`): a run that was killed goes on when it is started again.
 """
 
 import base64
@@ -18,6 +20,7 @@ from nmm_serve.engines import open_engine
 from nmm_serve.engines.base import Engine, Output, Request, SamplingParams
 from nmm_serve.errors import ImageError
 from nmm_serve.evals import caption, latency, vqa
+from nmm_serve.evals.answers import Answers, identity
 from nmm_serve.evals.datasets import CaptionSet, Files, Id, Question, VQASet, load_captions, load_vqa
 from nmm_serve.evals.latency import Load
 from nmm_serve.evals.records import Record, check_place, new_record, write_record
@@ -27,6 +30,8 @@ VQA_PROMPT = "{question}"
 CAPTION_PROMPT = "Describe the image."
 VQA_MAX_TOKENS = 16
 CAPTION_MAX_TOKENS = 64
+VQA_VERSION = CAPTION_VERSION = 1
+"""Raised with a change in how a task asks that prompt and decoding do not show: kept answers are then asked again."""
 SAMPLE_IMAGES = 12
 _SAMPLE_PIXELS = 224
 _AT_ONCE = {"torch": "batch_size", "vllm": "max_num_seqs", "openai": "concurrency"}
@@ -36,6 +41,10 @@ _LEAST_DEFAULT = 16
 
 StartTask = Callable[[str, int], Callable[[int], None]]
 """Called with a task's name and its number of items; gives back what to call with each count of finished ones."""
+
+
+Sample = tuple[Id, Path, str]
+"""Item id, image file, prompt."""
 
 
 def _no_progress(_name: str, _total: int) -> Callable[[int], None]:
@@ -52,16 +61,17 @@ class Options:
     name: str | None = None
     """How the model is called in tables; its folder's name by default."""
     limit: int | None = None
-    chunk_size: int = 128
-    """Requests handed to the engine in one call; no other images are in memory. The engine batches as it sees fit."""
+    at_once: int | None = None
+    """Requests that the engine runs at once; None leaves it to the engine."""
+    chunk_size: int | None = None
+    """Requests handed to the engine in one call; no other images are in memory, and a kill loses no more than these.
+    Default: 8 x `at_once`, or 128."""
     seed: int = 0
     load: Load = field(default_factory=Load)
 
-
-@dataclass(frozen=True)
-class _Answer:
-    id: Id
-    output: Output
+    @property
+    def chunk(self) -> int:
+        return self.chunk_size or 8 * (self.at_once or _LEAST_DEFAULT)
 
 
 @dataclass(frozen=True)
@@ -85,16 +95,16 @@ def load_data(options: Options) -> Data:
     return Data(questions, images, latency_images)
 
 
-def open_for(options: Options, model: str, engine: str | None, batch_size: int | None) -> Engine:
-    """Open the model so that `batch_size` requests, and as many as the latency tasks need, run at once.
+def open_for(options: Options, model: str, engine: str | None) -> Engine:
+    """Open the model so that `options.at_once` requests, and as many as the latency tasks need, run at once.
 
     Raises EngineError for an unknown engine or one that does not fit the model.
     """
     kind = engine or ("openai" if model.startswith(("http://", "https://")) else "torch")
     needed = max(options.load.concurrencies) if "latency" in options.tasks else 1
     settings = {}
-    if kind in _AT_ONCE and (batch_size or needed > _LEAST_DEFAULT):
-        settings[_AT_ONCE[kind]] = max(batch_size or 1, needed)
+    if kind in _AT_ONCE and (options.at_once or needed > _LEAST_DEFAULT):
+        settings[_AT_ONCE[kind]] = max(options.at_once or 1, needed)
     return open_engine(model, engine, **settings)
 
 
@@ -105,10 +115,13 @@ def evaluate(engine: Engine, data: Data, options: Options, start_task: StartTask
     """
     record = new_record(engine, name=options.name, seed=options.seed)
     items: list[dict[str, Any]] = []
+    folder, who = options.out.parent, identity(engine, options.seed)
     if data.vqa is not None:
-        record["tasks"]["vqa"] = _run_vqa(engine, data.vqa, options, items, start_task)
+        with Answers(folder, "vqa", VQA_VERSION, who) as kept:
+            record["tasks"]["vqa"] = _run_vqa(engine, data.vqa, options, kept, items, start_task)
     if data.captions is not None:
-        record["tasks"]["caption"] = _run_caption(engine, data.captions, options, items, start_task)
+        with Answers(folder, "caption", CAPTION_VERSION, who) as kept:
+            record["tasks"]["caption"] = _run_caption(engine, data.captions, options, kept, items, start_task)
     if data.latency_images:
         progress = start_task("latency", options.load.total)
         section = latency.measure(engine, data.latency_images, options.load, progress=progress, seed=options.seed)
@@ -136,36 +149,51 @@ def failures(record: Record) -> list[str]:
 
 def ask(
     engine: Engine,
-    samples: Iterable[tuple[Id, Path, str]],
+    samples: Sequence[Sample],
     max_tokens: int,
     chunk_size: int,
     progress: Callable[[int], None],
-) -> Iterator[_Answer]:
-    """Greedy answers to (id, image file, text) in order. Only one chunk of images is in memory at a time.
+    kept: Answers,
+) -> dict[Id, Output]:
+    """Greedy answers by item id; what was kept from an earlier run is not asked again.
 
-    An image that cannot be read becomes a failed answer like a request that failed in the engine.
+    Only one chunk of images is in memory at a time, and its answers are on disk before the next one is asked. An image
+    that cannot be read becomes a failed answer like a request that failed in the engine.
     """
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
-    for chunk in _chunks(samples, chunk_size):
-        requests: list[Request] = []
-        unreadable: dict[int, str] = {}
-        for position, (_, image_file, text) in enumerate(chunk):
-            content = [{"type": "image"}, {"type": "text", "text": text}]
-            try:
-                image = load_image(image_file)
-            except ImageError as error:
-                unreadable[position] = str(error)
-                continue
-            requests.append(
-                Request(messages=[{"role": "user", "content": content}], images=(image,), sampling=sampling)
-            )
-        outputs = iter(engine.generate(requests, progress) if requests else [])
-        for position, (sample_id, _, _) in enumerate(chunk):
-            if position in unreadable:
-                progress(1)
-                yield _Answer(sample_id, Output(text="", finish_reason="error", error=unreadable[position]))
-            else:
-                yield _Answer(sample_id, next(outputs))
+    answers: dict[Id, Output] = {}
+    open_samples: list[tuple[str | None, Sample]] = []
+    for sample in samples:
+        key = kept.key(sample[2], sample[1], sampling)
+        answer = kept.get(key)
+        if answer is None:
+            open_samples.append((key, sample))
+        else:
+            answers[sample[0]] = answer
+    progress(len(answers))
+    for chunk in _chunks(open_samples, chunk_size):
+        outputs = _answer_chunk(engine, [sample for _, sample in chunk], sampling, progress)
+        kept.add([(key, sample[0], output) for (key, sample), output in zip(chunk, outputs, strict=True)])
+        answers |= {sample[0]: output for (_, sample), output in zip(chunk, outputs, strict=True)}
+    return answers
+
+
+def _answer_chunk(
+    engine: Engine, chunk: Sequence[Sample], sampling: SamplingParams, progress: Callable[[int], None]
+) -> list[Output]:
+    requests: list[Request] = []
+    unreadable: dict[int, Output] = {}
+    for position, (_, image_file, text) in enumerate(chunk):
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        try:
+            image = load_image(image_file)
+        except ImageError as error:
+            unreadable[position] = Output(text="", finish_reason="error", error=str(error))
+            continue
+        requests.append(Request(messages=[{"role": "user", "content": content}], images=(image,), sampling=sampling))
+    progress(len(unreadable))
+    outputs = iter(engine.generate(requests, progress) if requests else [])
+    return [unreadable[position] if position in unreadable else next(outputs) for position in range(len(chunk))]
 
 
 def _chunks(samples: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -175,11 +203,11 @@ def _chunks(samples: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def _run_vqa(
-    engine: Engine, data: VQASet, options: Options, items: list[dict[str, Any]], start_task: StartTask
+    engine: Engine, data: VQASet, options: Options, kept: Answers, items: list[dict[str, Any]], start_task: StartTask
 ) -> dict[str, Any]:
     progress = start_task("vqa", len(data.questions))
-    samples = ((q.question_id, q.image, VQA_PROMPT.format(question=q.text)) for q in data.questions)
-    answers = {a.id: a.output for a in ask(engine, samples, VQA_MAX_TOKENS, options.chunk_size, progress)}
+    samples = [(q.question_id, q.image, VQA_PROMPT.format(question=q.text)) for q in data.questions]
+    answers = ask(engine, samples, VQA_MAX_TOKENS, options.chunk, progress, kept)
     good = [q for q in data.questions if answers[q.question_id].error is None]
     scored = vqa.score(good, {q.question_id: answers[q.question_id].text.strip() for q in good}) if good else None
     per_question = dict(zip((q.question_id for q in good), scored.accuracies, strict=True)) if scored else {}
@@ -211,6 +239,7 @@ def _run_vqa(
         "n": len(data.questions),
         "n_total": data.total,
         "images": len({q.image_id for q in data.questions}),
+        "answers_reused": kept.reused,
         **_failed((q.question_id, answers[q.question_id]) for q in data.questions),
         "cut_at_max_tokens": sum(o.finish_reason == "length" for o in answers.values()),
         **vqa.baselines(data.questions),
@@ -249,11 +278,16 @@ def _vqa_numbers(questions: Sequence[Question], scored: vqa.VQAScore, seed: int)
 
 
 def _run_caption(
-    engine: Engine, data: CaptionSet, options: Options, items: list[dict[str, Any]], start_task: StartTask
+    engine: Engine,
+    data: CaptionSet,
+    options: Options,
+    kept: Answers,
+    items: list[dict[str, Any]],
+    start_task: StartTask,
 ) -> dict[str, Any]:
     progress = start_task("caption", len(data.images))
-    samples = ((i.image_id, i.image, CAPTION_PROMPT) for i in data.images)
-    answers = {a.id: a.output for a in ask(engine, samples, CAPTION_MAX_TOKENS, options.chunk_size, progress)}
+    samples = [(i.image_id, i.image, CAPTION_PROMPT) for i in data.images]
+    answers = ask(engine, samples, CAPTION_MAX_TOKENS, options.chunk, progress, kept)
     good = [i for i in data.images if answers[i.image_id].error is None]
     scored = None
     if good:
@@ -286,6 +320,7 @@ def _run_caption(
         "complete": data.complete,
         "n": len(data.images),
         "n_total": data.total,
+        "answers_reused": kept.reused,
         **_failed((i.image_id, answers[i.image_id]) for i in data.images),
         "cut_at_max_tokens": sum(o.finish_reason == "length" for o in answers.values()),
         "tokenizer": scored.tokenizer if scored else None,

