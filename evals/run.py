@@ -23,7 +23,7 @@ from nmm_serve.evals import caption, latency, vqa
 from nmm_serve.evals.answers import Answers, identity
 from nmm_serve.evals.datasets import CaptionSet, Files, Id, Question, VQASet, load_captions, load_vqa
 from nmm_serve.evals.latency import Load
-from nmm_serve.evals.records import Record, check_place, new_record, write_record
+from nmm_serve.evals.records import Record, check_place, new_record, publish, write_record
 from nmm_serve.images import load_image
 
 VQA_PROMPT = "{question}"
@@ -245,7 +245,7 @@ def _run_vqa(
         **vqa.baselines(data.questions),
     }
     numbers = _vqa_numbers(good, scored, options.seed) if scored else None
-    return _publish(section, numbers, ("accuracy", "interval", "exact_match", "per_question_type", "per_answer_type"))
+    return publish(section, numbers, ("accuracy", "interval", "exact_match", "per_question_type", "per_answer_type"))
 
 
 def _vqa_numbers(questions: Sequence[Question], scored: vqa.VQAScore, seed: int) -> dict[str, Any]:
@@ -333,24 +333,12 @@ def _run_caption(
             "metric_reasons": scored.reasons,
             "intervals": {name: _as_dict(interval) for name, interval in scored.intervals.items()},
         }
-    return _publish(section, numbers, ("metrics", "metric_reasons", "intervals"))
+    return publish(section, numbers, ("metrics", "metric_reasons", "intervals"))
 
 
 def _failed(outputs: Iterable[tuple[Id, Output]]) -> dict[str, Any]:
     errors = [{"id": sample_id, "error": output.error} for sample_id, output in outputs if output.error is not None]
     return {"failed": len(errors), "errors": errors}
-
-
-def _publish(section: dict[str, Any], numbers: dict[str, Any] | None, keys: Sequence[str]) -> dict[str, Any]:
-    """Numbers over all items go on top. With failures they are null there, and stand apart, under their true n."""
-    failed, n = section["failed"], section["n"]
-    if not failed and numbers is not None:
-        return {**section, **numbers}
-    reason = f"{failed} of {n} items failed; a score over fewer items is not this task's score"
-    section |= dict.fromkeys(keys)
-    section["reason"] = reason
-    section["answered_only"] = None if numbers is None else {"n": n - failed, **numbers}
-    return section
 
 
 def _as_dict(interval: Any) -> dict[str, Any] | None:

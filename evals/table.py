@@ -62,6 +62,41 @@ def remarks(records: Sequence[Record]) -> list[str]:
     return lines
 
 
+def routing_table(record: Record) -> tuple[list[str], list[list[str]], str]:
+    """Columns, a row a layer and their mean, and a line below: how the experts of one model share the tokens."""
+    section = record["tasks"]["routing"]
+    columns = ["layer", "specialisation", "image skew %", "text skew %", "max/mean load", "load entropy", "dead"]
+    if section["layers"] is None:
+        return columns, [], section["reason"]
+
+    def row(name: str, numbers: dict[str, Any], dead: str) -> list[str]:
+        cells = [
+            _number_text(numbers[key], scale, digits)
+            for key, scale, digits in (
+                ("specialisation", 1, 3), ("image_skew", 100, 1), ("text_skew", 100, 1), ("max_over_mean", 1, 2),
+                ("load_entropy", 1, 3),
+            )
+        ]  # fmt: skip
+        return [name, *cells, dead]
+
+    rows = [row(str(layer["layer"]), layer, str(len(layer["dead"]))) for layer in section["layers"]]
+    rows.append(row("mean", section["overall"], ""))
+    tokens = section["routed_tokens"]
+    caption = (
+        f"{section['experts']} experts; {tokens['image']:,} image and {tokens['text']:,} text tokens a layer; a router "
+        f"that ignores modality has specialisation {section['specialisation_floor']:.3f}"
+    )
+    return columns, rows, caption
+
+
+def _number_text(number: dict[str, Any], scale: float, digits: int) -> str:
+    if number["value"] is None:
+        return MISSING
+    interval = number["interval"]
+    scaled = {"low": scale * interval["low"], "high": scale * interval["high"]} if interval else None
+    return f"{scale * number['value']:.{digits}f} {_brackets(scaled, digits)}".rstrip()
+
+
 def _name(record: Record) -> Cell:
     return Cell(record["model"]["name"], record["model"]["name"])
 

@@ -16,6 +16,7 @@ from nmm_serve.checkpoint import load_model, load_processor, save_checkpoint
 from nmm_serve.errors import TrainingError
 from nmm_serve.image_processor import takes_raw_pixels
 from nmm_serve.presets import preset
+from nmm_serve.routing import IMAGE, TEXT, count_routed, modality_groups
 from nmm_serve.sizing import count_params, paper_flops
 from nmm_serve.train.build import build
 from nmm_serve.train.config import TrainConfig
@@ -116,7 +117,7 @@ class Trainer:
         with self.catch_signals():
             while self.step < config.steps:
                 metrics = self.train_step()
-                if self.step % config.log_every == 0 or self.step == config.steps:
+                if self.is_logged(self.step):
                     self.report(metrics)
                 if self.step % config.eval_every == 0 or self.step == config.steps:
                     self.evaluate()
@@ -139,13 +140,19 @@ class Trainer:
         num_labels = sum(count_labels(b) for b in batches)
         work = [batch_work(self.model.config, b) for b in batches]
         ce_loss, aux_loss = 0.0, 0.0
+        # the routers' logits exist anyway; asked for in every step, so that a compiled model stays one graph
+        sparse = self.model.config.num_experts > 0
+        routed: torch.Tensor | None = None
         for batch in batches:
             tensors = {k: v.to(self.device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
             with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
-                output = self.forward(**tensors, num_items_in_batch=num_labels)
+                output = self.forward(**tensors, num_items_in_batch=num_labels, output_router_logits=sparse)
             output.loss.backward()
             ce_loss += output.ce_loss.item()
             aux_loss += 0.0 if output.aux_loss is None else output.aux_loss.item()
+            if sparse and self.is_logged(self.step + 1):
+                counts = self.count_routed(tensors, output.router_logits)
+                routed = counts if routed is None else routed + counts
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.grad_clip).item()
         factor = lr_factor(self.step, self.config.steps, self.config.schedule)
         self.step += 1
@@ -173,9 +180,19 @@ class Trainer:
             "mfu": sum(w["flops"] for w in work) / seconds / self.gemm_rate,
             "data_wait": (self.loader.stats.wait_seconds - waited) / seconds,
         }
-        if self.model.config.num_experts:
+        if sparse:
             metrics["aux_loss"] = aux_loss
+        if routed is not None:
+            # [layer][expert]: how many image and text tokens of this step each expert was given
+            metrics["routed"] = {"image": routed[:, IMAGE].tolist(), "text": routed[:, TEXT].tolist()}
         return metrics
+
+    def is_logged(self, step: int) -> bool:
+        return step % self.config.log_every == 0 or step == self.config.steps
+
+    def count_routed(self, tensors: dict[str, torch.Tensor], router_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        group_N = modality_groups(self.model.model.is_image(tensors["input_ids"]), tensors["document_ids"] > 0)
+        return count_routed(router_logits, group_N, 2, self.model.config.num_experts_per_tok)
 
     def bad_step(self, loss: float, norm: float) -> None:
         """Skip the update and count it; too many in a row end the run."""
