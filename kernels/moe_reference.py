@@ -1,65 +1,238 @@
-"""The eager mixture-of-experts layer: the definition that every faster kernel is tested against, and the CPU's path.
+"""The eager mixture-of-experts layer: one function for each launch of `moe_triton.py`, with the same signature.
 
-Legend: T tokens, D hidden size, E experts, K experts a token, F expert hidden size, N = T*K routed rows.
+They define what the kernels compute and are what the operators run on a CPU.
+
+Legend: T tokens, D hidden size, E experts, K experts a token, F expert hidden size, N = T*K slots (slot t*K+k is
+token t's k-th choice), B blocks of tokens, S statistics. "Sorted" is expert order: expert e owns the rows from
+`offset_E1[e]` to `offset_E1[e + 1]`, and row i belongs to slot `order_N[i]`.
 """
 
 import torch
 import torch.nn.functional as F
 
 
-def route(logits_TE: torch.Tensor, top_k: int, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Softmax over all experts in fp32, then the top k of each token.
+def route_block(num_experts: int) -> int:
+    """Tokens in one block of the routing pass; the statistics are summed over blocks."""
+    return max(16, 2048 // (1 << (num_experts - 1).bit_length()))
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """fp32, or fp64 for fp64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _blocks(x_TE: torch.Tensor) -> torch.Tensor:
+    """[T, E] -> [B, block, E], padded with zeros."""
+    T, E = x_TE.shape
+    block = route_block(E)
+    return F.pad(x_TE, (0, 0, 0, -T % block)).view(-1, block, E)
+
+
+def _scores(logits_TE: torch.Tensor, sigmoid: bool) -> torch.Tensor:
+    return _wide(logits_TE).sigmoid() if sigmoid else _wide(logits_TE).softmax(-1)
+
+
+def route(
+    logits_TE: torch.Tensor, counted_T: torch.Tensor | None, top_k: int, sigmoid: bool, renormalize: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scores of all experts, the top k of each token, and the sums that the router's losses need, in one pass.
 
     Returns:
-        weight_TK (fp32), expert_TK (int64), probs_TE (fp32).
+        weight_TK (fp32), expert_TK (int32), count_BE (int32: slots of each expert, of all tokens) and stat_BS (fp32:
+        for the tokens where `counted_T` holds, slots of each expert, summed probability of each expert, summed
+        squared logsumexp of the logits, number of tokens).
     """
-    probs_TE = logits_TE.float().softmax(-1)
-    weight_TK, expert_TK = probs_TE.topk(top_k, dim=-1)
+    E = logits_TE.shape[1]
+    score_TE = _scores(logits_TE, sigmoid)
+    weight_TK, expert_TK = score_TE.topk(top_k, dim=-1)
     if renormalize:
         weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
-    return weight_TK, expert_TK, probs_TE
+    chosen_TE = torch.zeros_like(score_TE).scatter_(1, expert_TK, 1.0)
+    prob_TE = score_TE / score_TE.sum(-1, keepdim=True) if sigmoid else score_TE
+    square_T1 = _wide(logits_TE).logsumexp(-1, keepdim=True).square()
+    counted_T1 = torch.ones_like(square_T1) if counted_T is None else counted_T[:, None].to(square_T1.dtype)
+    stat_TS = torch.cat((chosen_TE, prob_TE, square_T1, torch.ones_like(square_T1)), dim=1)
+    stat_TS = stat_TS.masked_fill(counted_T1 == 0, 0.0)
+    block = route_block(E)
+    stat_BS = F.pad(stat_TS, (0, 0, 0, -len(stat_TS) % block)).view(-1, block, 2 * E + 2).sum(1)
+    return weight_TK, expert_TK.int(), _blocks(chosen_TE).sum(1).int(), stat_BS
 
 
-def load_balancing_loss(probs_TE: torch.Tensor, expert_TK: torch.Tensor, valid_T: torch.Tensor | None = None):
-    """Switch Transformer's loss (arXiv 2101.03961, eq. 4): E * sum_e share_e * mean probability_e. 1 when balanced.
-
-    Args:
-        valid_T: bool; tokens that count (padding does not).
-    """
-    num_experts = probs_TE.shape[1]
-    chosen_TE = F.one_hot(expert_TK, num_experts).sum(1).to(probs_TE.dtype) / expert_TK.shape[1]
-    if valid_T is not None:
-        weight_T1 = valid_T[:, None].to(probs_TE.dtype) / valid_T.sum().clamp(min=1)
-        return num_experts * ((chosen_TE * weight_T1).sum(0) * (probs_TE * weight_T1).sum(0)).sum()
-    return num_experts * (chosen_TE.mean(0) * probs_TE.mean(0)).sum()
-
-
-def moe_mlp(
-    x_TD: torch.Tensor,
-    weight_TK: torch.Tensor,
+def route_backward(
+    dweight_TK: torch.Tensor,
+    dstat_BS: torch.Tensor,
+    logits_TE: torch.Tensor,
     expert_TK: torch.Tensor,
-    gate_up_E2FD: torch.Tensor,
-    down_EDF: torch.Tensor,
+    counted_T: torch.Tensor | None,
+    sigmoid: bool,
+    renormalize: bool,
 ) -> torch.Tensor:
-    """Dropless SwiGLU experts: y_t = sum_k weight_tk * down_e(silu(gate_e x_t) * up_e x_t), e = expert_tk.
+    """Gradient of the logits from that of the weights and of the summed probabilities and squared logsumexps."""
+    T, E = logits_TE.shape
+    score_TE = _scores(logits_TE, sigmoid)
+    expert_TK = expert_TK.long()
+    if renormalize:
+        chosen_TK = score_TE.gather(1, expert_TK)
+        total_T1 = chosen_TK.sum(-1, keepdim=True)
+        inner_T1 = (dweight_TK * chosen_TK).sum(-1, keepdim=True) / total_T1
+        dweight_TK = (dweight_TK - inner_T1) / total_T1
+    dscore_TE = torch.zeros_like(score_TE).scatter_(1, expert_TK, dweight_TK.to(score_TE.dtype))
+    dstat_TS = dstat_BS.repeat_interleave(route_block(E), dim=0)[:T]
+    if counted_T is not None:
+        dstat_TS = dstat_TS.masked_fill(~counted_T[:, None], 0.0)
+    dprob_TE, dsquare_T1 = dstat_TS[:, E : 2 * E], dstat_TS[:, 2 * E : 2 * E + 1]
+    if sigmoid:
+        total_T1 = score_TE.sum(-1, keepdim=True)
+        inner_T1 = (dprob_TE * score_TE).sum(-1, keepdim=True) / total_T1
+        dscore_TE = dscore_TE + (dprob_TE - inner_T1) / total_T1
+        dlogits_TE = score_TE * (1 - score_TE) * dscore_TE
+    else:
+        dscore_TE = dscore_TE + dprob_TE
+        dlogits_TE = score_TE * (dscore_TE - (score_TE * dscore_TE).sum(-1, keepdim=True))
+    wide_TE = _wide(logits_TE)
+    dlogits_TE = dlogits_TE + 2 * dsquare_T1 * wide_TE.logsumexp(-1, keepdim=True) * wide_TE.softmax(-1)
+    return dlogits_TE.to(logits_TE.dtype)
 
-    Rows are sorted by expert, so each expert is one dense matrix product over a contiguous block.
+
+def count_experts(expert_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """count_BE of `route`, for experts that something else has chosen."""
+    chosen_TE = F.one_hot(expert_TK.long(), num_experts).sum(1)
+    return _blocks(chosen_TE).sum(1).int()
+
+
+def sort_slots(expert_TK: torch.Tensor, count_BE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """order_N and offset_E1, both int32. Stable: within an expert, slots keep their order."""
+    offset_E1 = F.pad(count_BE.sum(0).cumsum(0), (1, 0))
+    return expert_TK.reshape(-1).argsort(stable=True).int(), offset_E1.int()
+
+
+def _swiglu(pre_N2F: torch.Tensor) -> torch.Tensor:
+    gate_NF, up_NF = pre_N2F.chunk(2, dim=-1)
+    return F.silu(gate_NF) * up_NF
+
+
+def _per_expert(offset_E1: torch.Tensor, *rows: torch.Tensor):
+    """(expert, its rows of each tensor), for the experts that have any."""
+    counts = offset_E1.diff().tolist()
+    for expert, blocks in enumerate(zip(*(r.split(counts) for r in rows), strict=True)):
+        if counts[expert]:
+            yield expert, *blocks
+
+
+def up_proj(
+    x_TD: torch.Tensor,
+    gate_up_E2FD: torch.Tensor,
+    order_N: torch.Tensor,
+    offset_E1: torch.Tensor,
+    top_k: int,
+    keep_pre: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """act_NF = silu(gate) * up, sorted, and the pre-activation [N, 2F] (empty unless `keep_pre`)."""
+    x_ND = x_TD[order_N // top_k]
+    pre_N2F = x_ND.new_empty(len(x_ND), gate_up_E2FD.shape[1])
+    for expert, x_nD, pre_n2F in _per_expert(offset_E1, x_ND, pre_N2F):
+        torch.mm(x_nD, gate_up_E2FD[expert].T, out=pre_n2F)
+    return _swiglu(pre_N2F), pre_N2F if keep_pre else pre_N2F.new_empty(0, pre_N2F.shape[1])
+
+
+def down_proj(
+    act_NF: torch.Tensor,
+    down_EDF: torch.Tensor,
+    order_N: torch.Tensor,
+    offset_E1: torch.Tensor,
+    weight_TK: torch.Tensor,
+) -> torch.Tensor:
+    """Each sorted row through its expert's down projection, times its router weight, put at its slot: [N, D]."""
+    out_ND = act_NF.new_empty(len(act_NF), down_EDF.shape[1])
+    for expert, act_nF, out_nD in _per_expert(offset_E1, act_NF, out_ND):
+        torch.mm(act_nF, down_EDF[expert].T, out=out_nD)
+    weight_N1 = weight_TK.reshape(-1)[order_N, None].to(out_ND.dtype)
+    return torch.empty_like(out_ND).index_copy_(0, order_N.long(), out_ND * weight_N1)
+
+
+def combine(slot_ND: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Sum over the k slots of each token: [T, D]."""
+    return slot_ND.view(-1, top_k, slot_ND.shape[1]).sum(1)
+
+
+def decode_up(
+    x_TD: torch.Tensor, gate_up_E2FD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor
+) -> torch.Tensor:
+    """act_NF in slot order, times the router's weight."""
+    T, K = expert_TK.shape
+    act_TKF = x_TD.new_zeros(T, K, gate_up_E2FD.shape[1] // 2)
+    for expert in expert_TK.unique().tolist():
+        t, k = (expert_TK == expert).nonzero(as_tuple=True)
+        act_nF = _swiglu(x_TD[t] @ gate_up_E2FD[expert].T)
+        act_TKF[t, k] = act_nF * weight_TK[t, k, None].to(act_nF.dtype)
+    return act_TKF.view(T * K, -1)
+
+
+def decode_down(act_NF: torch.Tensor, down_EDF: torch.Tensor, expert_TK: torch.Tensor) -> torch.Tensor:
+    """y_TD: the sum over each token's slots of act through its expert's down projection."""
+    T, K = expert_TK.shape
+    act_TKF = act_NF.view(T, K, -1)
+    y_TD = act_NF.new_zeros(T, down_EDF.shape[1])
+    for expert in expert_TK.unique().tolist():
+        t, k = (expert_TK == expert).nonzero(as_tuple=True)
+        y_TD[t] += act_TKF[t, k] @ down_EDF[expert].T
+    return y_TD
+
+
+def down_backward(
+    dy_TD: torch.Tensor,
+    down_EDF: torch.Tensor,
+    pre_N2F: torch.Tensor,
+    order_N: torch.Tensor,
+    offset_E1: torch.Tensor,
+    weight_TK: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Back through combine, down projection and SwiGLU.
 
     Returns:
-        [T, D] in x's dtype.
+        dpre_N2F and the weighted activation w * act (for the weight's gradient), both sorted, and dweight_TK.
     """
-    T, D = x_TD.shape
-    K = expert_TK.shape[1]
-    order_N = expert_TK.reshape(-1).argsort(stable=True)
-    counts = torch.bincount(expert_TK.reshape(-1), minlength=gate_up_E2FD.shape[0]).tolist()
-    sorted_ND = x_TD[order_N // K]
-    blocks = []
-    for expert, block_nD in enumerate(sorted_ND.split(counts)):
-        if block_nD.shape[0]:
-            gate_nF, up_nF = F.linear(block_nD, gate_up_E2FD[expert]).chunk(2, dim=-1)
-            blocks.append(F.linear(F.silu(gate_nF) * up_nF, down_EDF[expert]))
-    if not blocks:
-        return x_TD.clone()  # no tokens; still a function of x, so that a backward pass goes through
-    weight_N1 = weight_TK.reshape(-1)[order_N, None].to(x_TD.dtype)
-    out_ND = torch.empty_like(sorted_ND).index_copy(0, order_N, torch.cat(blocks) * weight_N1)
-    return out_ND.view(T, K, D).sum(1)
+    dy_ND = dy_TD[order_N // weight_TK.shape[1]]
+    dact_NF = dy_ND.new_empty(len(dy_ND), down_EDF.shape[2])  # of the unweighted activation, before the weight
+    for expert, dy_nD, dact_nF in _per_expert(offset_E1, dy_ND, dact_NF):
+        torch.mm(dy_nD, down_EDF[expert], out=dact_nF)
+    gate_NF, up_NF = pre_N2F.chunk(2, dim=-1)
+    sigmoid_NF = gate_NF.sigmoid()
+    silu_NF = gate_NF * sigmoid_NF
+    act_NF = silu_NF * up_NF
+    dweight_N = torch.empty(len(order_N), dtype=weight_TK.dtype, device=dy_TD.device)
+    dweight_N[order_N.long()] = (_wide(dact_NF) * act_NF).sum(-1).to(weight_TK.dtype)
+    weight_N1 = weight_TK.reshape(-1)[order_N, None].to(dact_NF.dtype)
+    dact_NF = dact_NF * weight_N1
+    dgate_NF = dact_NF * up_NF * (sigmoid_NF + silu_NF * (1 - sigmoid_NF))
+    return torch.cat((dgate_NF, dact_NF * silu_NF), dim=1), act_NF * weight_N1, dweight_N.view_as(weight_TK)
+
+
+def up_backward(
+    dpre_N2F: torch.Tensor, gate_up_E2FD: torch.Tensor, order_N: torch.Tensor, offset_E1: torch.Tensor
+) -> torch.Tensor:
+    """Gradient of the input, one row a slot: [N, D]."""
+    dx_ND = dpre_N2F.new_empty(len(dpre_N2F), gate_up_E2FD.shape[2])
+    for expert, dpre_n2F, dx_nD in _per_expert(offset_E1, dpre_N2F, dx_ND):
+        torch.mm(dpre_n2F, gate_up_E2FD[expert], out=dx_nD)
+    return torch.empty_like(dx_ND).index_copy_(0, order_N.long(), dx_ND)
+
+
+def up_weight_grad(
+    dpre_N2F: torch.Tensor, x_TD: torch.Tensor, order_N: torch.Tensor, offset_E1: torch.Tensor, top_k: int
+) -> torch.Tensor:
+    """dgate_up [E, 2F, D]; zero for an expert without tokens."""
+    grad_E2FD = x_TD.new_zeros(len(offset_E1) - 1, dpre_N2F.shape[1], x_TD.shape[1])
+    for expert, dpre_n2F, x_nD in _per_expert(offset_E1, dpre_N2F, x_TD[order_N // top_k]):
+        torch.mm(dpre_n2F.T, x_nD, out=grad_E2FD[expert])
+    return grad_E2FD
+
+
+def down_weight_grad(
+    dy_TD: torch.Tensor, weighted_act_NF: torch.Tensor, order_N: torch.Tensor, offset_E1: torch.Tensor, top_k: int
+) -> torch.Tensor:
+    """ddown [E, D, F]; zero for an expert without tokens."""
+    grad_EDF = dy_TD.new_zeros(len(offset_E1) - 1, dy_TD.shape[1], weighted_act_NF.shape[1])
+    for expert, act_nF, dy_nD in _per_expert(offset_E1, weighted_act_NF, dy_TD[order_N // top_k]):
+        torch.mm(dy_nD.T, act_nF, out=grad_EDF[expert])
+    return grad_EDF

@@ -12,6 +12,8 @@ from transformers.configuration_utils import PreTrainedConfig
 HEAD_DIMS = (32, 64, 96, 128)
 """Head sizes that the torch, vLLM (CPU and GPU) and ONNX Runtime engines all support."""
 
+ROUTERS = ("learned", "modality")
+
 
 def default_head_dim(hidden_size: int) -> int:
     """The supported head size that gives the number of heads nearest to 16.
@@ -103,9 +105,13 @@ class NMMConfig(PreTrainedConfig):
 
     num_experts: int = 0
     num_experts_per_tok: int = 1
+    router: str = "learned"
+    """`learned`, or `modality`: expert 0 for text, expert 1 for image patches (the paper's baseline)."""
     norm_topk_prob: bool = False
     """Rescale the chosen experts' weights to sum to 1. With top-1 the router would then get no gradient."""
     router_aux_loss_coef: float = 0.01
+    router_z_loss_coef: float = 0.0
+    """Of the mean squared logsumexp of the router's logits; the paper mentions none."""
 
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -141,6 +147,13 @@ class NMMConfig(PreTrainedConfig):
         if self.num_experts < 0 or (self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts):
             raise ValueError(
                 f"num_experts_per_tok {self.num_experts_per_tok} must lie between 1 and num_experts {self.num_experts}"
+            )
+        if self.router not in ROUTERS:
+            raise ValueError(f"router must be one of {ROUTERS}, not {self.router!r}")
+        if self.router == "modality" and (self.num_experts, self.num_experts_per_tok) != (2, 1):
+            raise ValueError(
+                "router 'modality' sends text to one expert and image patches to another: it needs num_experts 2 and "
+                f"num_experts_per_tok 1, not {self.num_experts} and {self.num_experts_per_tok}"
             )
 
     @property

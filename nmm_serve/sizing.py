@@ -56,7 +56,7 @@ def count_params(config: NMMConfig) -> ParamCounts:
             c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.intermediate_size, experts
         )
 
-    router = layers * c.hidden_size * c.num_experts
+    router = layers * c.hidden_size * c.num_experts if c.router == "learned" else 0
     side = 4 * (c.image_size // c.patch_size)
     other = _norms(layers, c.hidden_size, c.head_dim) + (c.patch_dim + 2 * side) * c.vision_width
     vision = 0

@@ -46,6 +46,8 @@ def model_config(config: TrainConfig, processor: NMMProcessor) -> NMMConfig:
             values = built.to_dict() | {
                 "num_experts": spec.num_experts,
                 "num_experts_per_tok": spec.num_experts_per_tok,
+                "router": spec.router,
+                "router_z_loss_coef": spec.router_z_loss_coef,
             }
             built = NMMConfig(**{k: v for k, v in values.items() if k in NMMConfig.__dataclass_fields__})
     except ValueError as error:

@@ -26,6 +26,9 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     num_experts: int = 8
     num_experts_per_tok: int = 1
+    router: Literal["learned", "modality"] = "learned"
+    """`modality`: hard routing, text to one expert and image patches to another; needs num_experts 2."""
+    router_z_loss_coef: float = 0.0
 
 
 @dataclass(kw_only=True)

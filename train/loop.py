@@ -139,7 +139,7 @@ class Trainer:
         batches = [next(self.loader) for _ in range(self.config.accumulate)]
         num_labels = sum(count_labels(b) for b in batches)
         work = [batch_work(self.model.config, b) for b in batches]
-        ce_loss, aux_loss = 0.0, 0.0
+        ce_loss, router_losses = 0.0, dict[str, float]()
         # the routers' logits exist anyway; asked for in every step, so that a compiled model stays one graph
         sparse = self.model.config.num_experts > 0
         routed: torch.Tensor | None = None
@@ -149,7 +149,9 @@ class Trainer:
                 output = self.forward(**tensors, num_items_in_batch=num_labels, output_router_logits=sparse)
             output.loss.backward()
             ce_loss += output.ce_loss.item()
-            aux_loss += 0.0 if output.aux_loss is None else output.aux_loss.item()
+            for name in ("aux_loss", "z_loss"):
+                if (value := getattr(output, name)) is not None:
+                    router_losses[name] = router_losses.get(name, 0.0) + value.item()
             if sparse and self.is_logged(self.step + 1):
                 counts = self.count_routed(tensors, output.router_logits)
                 routed = counts if routed is None else routed + counts
@@ -180,12 +182,10 @@ class Trainer:
             "mfu": sum(w["flops"] for w in work) / seconds / self.gemm_rate,
             "data_wait": (self.loader.stats.wait_seconds - waited) / seconds,
         }
-        if sparse:
-            metrics["aux_loss"] = aux_loss
         if routed is not None:
             # [layer][expert]: how many image and text tokens of this step each expert was given
             metrics["routed"] = {"image": routed[:, IMAGE].tolist(), "text": routed[:, TEXT].tolist()}
-        return metrics
+        return metrics | router_losses
 
     def is_logged(self, step: int) -> bool:
         return step % self.config.log_every == 0 or step == self.config.steps

@@ -4,11 +4,13 @@ Legend: B batch, T tokens, S keys, D hidden size, H query heads, G key/value hea
 N = B*T, E experts.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nmm_serve.kernels.moe_reference import moe_mlp, route
+from nmm_serve.kernels.moe import RouterStats, modality_logits, moe_mlp
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 
@@ -95,23 +97,40 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
 
 
+class TokenMarks(NamedTuple):
+    """What a router may know of a token beside its hidden state."""
+
+    is_image_N: torch.Tensor
+    counted_N: torch.Tensor | None
+    """False for padding, which the router's losses leave out. None: all count."""
+
+
+class RouterOutput(NamedTuple):
+    logits_NE: torch.Tensor
+    stats: RouterStats
+
+
 class SparseMoE(nn.Module):
-    """Token-choice mixture of SwiGLU experts, dropless (arXiv 2504.07951, section 4). Returns the output and the
-    router's logits."""
+    """Token-choice mixture of SwiGLU experts, dropless (arXiv 2504.07951, section 4), or, with `router="modality"`,
+    its baseline of one expert for text and one for image patches."""
 
     def __init__(self, config):
         super().__init__()
         self.top_k = config.num_experts_per_tok
         self.renormalize = config.norm_topk_prob
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.gate = None
+        if config.router == "learned":
+            self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = Experts(config.num_experts, config.hidden_size, config.intermediate_size)
 
-    def forward(self, x_BTD):
+    def forward(self, x_BTD, marks: TokenMarks) -> tuple[torch.Tensor, RouterOutput]:
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-        logits_NE = self.gate(x_ND)
-        weight_NK, expert_NK, _ = route(logits_NE, self.top_k, self.renormalize)
-        y_ND = moe_mlp(x_ND, weight_NK, expert_NK, self.experts.gate_up_proj, self.experts.down_proj)
-        return y_ND.view_as(x_BTD), logits_NE
+        logits_NE = modality_logits(marks.is_image_N) if self.gate is None else self.gate(x_ND)
+        y_ND, stats = moe_mlp(
+            x_ND, logits_NE, self.experts.gate_up_proj, self.experts.down_proj,
+            top_k=self.top_k, renormalize=self.renormalize, counted_T=marks.counted_N,
+        )  # fmt: skip
+        return y_ND.view_as(x_BTD), RouterOutput(logits_NE, stats)
 
 
 class EncoderLayer(nn.Module):
@@ -130,7 +149,7 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """A decoder block, dense or sparse. Returns the residual stream and the router's logits (None when dense)."""
+    """A decoder block, dense or sparse. Returns the residual stream and what the router did (None when dense)."""
 
     def __init__(self, config, layer_idx: int):
         super().__init__()
@@ -139,8 +158,10 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SparseMoE(config) if config.num_experts else SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x_BTD, mask_B1TS, rope: Rope, cache=None):
+    def forward(self, x_BTD, mask_B1TS, rope: Rope, cache, marks: TokenMarks):
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), mask_B1TS, rope, cache)
-        y = self.mlp(self.post_attention_layernorm(x_BTD))
-        y_BTD, router_logits_NE = y if isinstance(y, tuple) else (y, None)
-        return x_BTD + y_BTD, router_logits_NE
+        h_BTD = self.post_attention_layernorm(x_BTD)
+        if isinstance(self.mlp, SparseMoE):
+            y_BTD, router = self.mlp(h_BTD, marks)
+            return x_BTD + y_BTD, router
+        return x_BTD + self.mlp(h_BTD), None

@@ -16,8 +16,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from nmm_serve.config import NMMConfig
 from nmm_serve.errors import PromptError
-from nmm_serve.kernels.moe_reference import load_balancing_loss
-from nmm_serve.models.blocks import DecoderLayer, Experts, RMSNorm, rope_tables
+from nmm_serve.models.blocks import DecoderLayer, Experts, RMSNorm, RouterOutput, TokenMarks, rope_tables
 from nmm_serve.models.masks import attention_mask as build_mask
 from nmm_serve.models.masks import image_spans
 from nmm_serve.models.vision import PatchEmbed, VisionEncoder
@@ -25,11 +24,15 @@ from nmm_serve.models.vision import PatchEmbed, VisionEncoder
 
 @dataclass
 class NMMOutput(ModelOutput):
-    """`loss` is cross-entropy plus weighted load-balancing loss; `ce_loss` is cross-entropy alone (nats a token)."""
+    """`loss` is cross-entropy plus the router's weighted losses; `ce_loss` is cross-entropy alone (nats a token).
+
+    `aux_loss` (load balancing) and `z_loss` are there where the model has a router that learns and the loss a weight.
+    """
 
     loss: torch.Tensor | None = None
     ce_loss: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
+    z_loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
     router_logits: tuple[torch.Tensor, ...] | None = None
@@ -115,8 +118,8 @@ class NMMModel(NMMPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Returns the final hidden states [B, T, D] and, for MoE, the router logits [B*T, E] of each layer."""
+    ) -> tuple[torch.Tensor, tuple[RouterOutput, ...]]:
+        """Returns the final hidden states [B, T, D] and, for MoE, what the router of each layer did."""
         T = input_ids.shape[1]
         num_past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if position_ids is None:
@@ -125,20 +128,24 @@ class NMMModel(NMMPreTrainedModel):
             else:
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
         x_BTD = self.embed(input_ids, pixel_values, image_grid)
+        is_image_BT = self.is_image(input_ids)
         rope = rope_tables(position_ids, self.config.head_dim, self.config.rope_theta, x_BTD.dtype)
         if T == 1 and attention_mask is None:
             mask_B1TS = None
         else:
-            span_BT = image_spans(self.is_image(input_ids))
+            span_BT = image_spans(is_image_BT)
             allowed_B1TS = build_mask(span_BT, num_past + T, attention_mask, document_ids)
             # additive, once: attention would turn a bool mask into this in every layer, forward and backward
             mask_B1TS = torch.zeros_like(allowed_B1TS, dtype=x_BTD.dtype).masked_fill(~allowed_B1TS, float("-inf"))
-        router_logits = []
+        real_BT = attention_mask if document_ids is None else document_ids
+        counted_N = None if real_BT is None else (real_BT[:, -T:] > 0).reshape(-1)
+        marks = TokenMarks(is_image_BT.reshape(-1), counted_N)
+        routers = []
         for layer in self.layers:
-            x_BTD, logits_NE = layer(x_BTD, mask_B1TS, rope, past_key_values)
-            if logits_NE is not None:
-                router_logits.append(logits_NE)
-        return self.norm(x_BTD), tuple(router_logits)
+            x_BTD, router = layer(x_BTD, mask_B1TS, rope, past_key_values, marks)
+            if router is not None:
+                routers.append(router)
+        return self.norm(x_BTD), tuple(routers)
 
 
 class NMMForConditionalGeneration(NMMPreTrainedModel, GenerationMixin):
@@ -198,11 +205,12 @@ class NMMForConditionalGeneration(NMMPreTrainedModel, GenerationMixin):
         """
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        x_BTD, router_logits = self.model(
+        x_BTD, routers = self.model(
             input_ids, pixel_values, image_grid, attention_mask, position_ids, document_ids, past_key_values
         )
         output = NMMOutput(
-            past_key_values=past_key_values, router_logits=router_logits if output_router_logits else None
+            past_key_values=past_key_values,
+            router_logits=tuple(r.logits_NE for r in routers) if output_router_logits else None,
         )
         if labels is None or not self.training:
             output.logits = self.lm_head(x_BTD[:, -logits_to_keep:] if logits_to_keep else x_BTD)
@@ -216,23 +224,15 @@ class NMMForConditionalGeneration(NMMPreTrainedModel, GenerationMixin):
             divisor = has_label_BT.sum() if num_items_in_batch is None else num_items_in_batch
             output.ce_loss = F.cross_entropy(logits_NV, target_BT[has_label_BT], reduction="sum") / divisor
             output.loss = output.ce_loss
-            if router_logits:
-                real_BT = attention_mask if document_ids is None else document_ids > 0
-                output.aux_loss = self.router_aux_loss(router_logits, real_BT, has_label_BT, num_items_in_batch)
-                output.loss = output.ce_loss + self.config.router_aux_loss_coef * output.aux_loss
+            if routers and self.config.router == "learned":
+                # under gradient accumulation each micro-batch weighs by its share of the labels, like its cross-entropy
+                share = 1.0 if num_items_in_batch is None else has_label_BT.sum() / num_items_in_batch
+                output.aux_loss = share * torch.stack([r.stats.load_balancing_loss() for r in routers]).mean()
+                output.loss = output.loss + self.config.router_aux_loss_coef * output.aux_loss
+                if self.config.router_z_loss_coef:
+                    output.z_loss = share * torch.stack([r.stats.z_loss() for r in routers]).mean()
+                    output.loss = output.loss + self.config.router_z_loss_coef * output.z_loss
         return output
-
-    def router_aux_loss(self, router_logits, real_BT, has_label_BT, num_items_in_batch) -> torch.Tensor:
-        """Mean load-balancing loss of the layers; padding does not count. Under gradient accumulation each
-        micro-batch weighs by its share of the labels, like its cross-entropy."""
-        valid_N = None if real_BT is None else real_BT.reshape(-1).bool()
-        losses = []
-        for logits_NE in router_logits:
-            probs_NE = logits_NE.float().softmax(-1)
-            expert_NK = probs_NE.topk(self.config.num_experts_per_tok, dim=-1).indices
-            losses.append(load_balancing_loss(probs_NE, expert_NK, valid_N))
-        share = 1.0 if num_items_in_batch is None else has_label_BT.sum() / num_items_in_batch
-        return torch.stack(losses).mean() * share
 
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)

@@ -21,9 +21,14 @@ class NMMSettings(VerifyAndUpdateConfig):
         vLLM forces this on GPUs only and not in every case (see `scheduler`); elsewhere it would give wrong answers
         without a word.
 
-        Raises ValueError for settings under which some image could never be scheduled.
+        Raises ValueError for settings under which some image could never be scheduled, and for hard routing.
         """
         model_config, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+        if model_config.hf_config.router != "learned":
+            raise ValueError(
+                f"router {model_config.hf_config.router!r} needs to know which tokens are image patches, which vLLM's "
+                "layers do not see; serve this checkpoint with the torch engine"
+            )
         if not model_config.is_mm_prefix_lm:
             return  # text only, by --limit-mm-per-prompt
         if scheduler.scheduler_cls not in (None, SCHEDULER):

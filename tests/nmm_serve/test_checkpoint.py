@@ -70,7 +70,8 @@ def test_pickles_are_never_loaded(copy):
 @pytest.mark.parametrize(
     "changes",
     [{"hidden_size": -64}, {"hidden_size": "big"}, {"num_attention_heads": 3}, {"head_dim": 48}, {"patch_size": 7},
-     {"num_experts": 2, "num_experts_per_tok": 3}, {"hidden_size": True}],
+     {"num_experts": 2, "num_experts_per_tok": 3}, {"hidden_size": True},
+     {"router": "hash"}, {"router": "modality", "num_experts": 4}],
 )  # fmt: skip
 def test_impossible_configs_are_one_line(copy, changes):
     edit(copy / "config.json", **changes)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from parity_checkpoint import FAMILIES
+from parity_checkpoint import FAMILIES, TORCH_ONLY
 
 from nmm_serve.config import HEAD_DIMS, NMMConfig, default_head_dim
 from nmm_serve.errors import ConfigError
@@ -52,10 +52,15 @@ def test_moe_active_size_is_the_dense_size():
     assert round(count_params(config_of("early-275m", num_experts=8)).total / 1e9, 1) == 1.2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *TORCH_ONLY])
 def test_closed_form_counts_the_real_modules(family):
     config = NMMConfig(
-        vocab_size=320, hidden_size=128, num_hidden_layers=3, patch_size=8, image_size=64, **FAMILIES[family]
+        vocab_size=320,
+        hidden_size=128,
+        num_hidden_layers=3,
+        patch_size=8,
+        image_size=64,
+        **(FAMILIES | TORCH_ONLY)[family],
     )
     with torch.device("meta"):
         model = NMMForConditionalGeneration(config)

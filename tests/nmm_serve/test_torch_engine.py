@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from parity_checkpoint import FAMILIES, assert_parity, make_parity_checkpoint, noise_image, parity_requests
+from parity_checkpoint import FAMILIES, TORCH_ONLY, assert_parity, make_parity_checkpoint, noise_image, parity_requests
 
 from nmm_serve.engines import open_engine
 from nmm_serve.engines.base import Engine, Request, SamplingParams, ScoreRequest
@@ -21,7 +21,7 @@ def engine(checkpoint):
     return TorchEngine(checkpoint, batch_size=4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *TORCH_ONLY])
 def test_cache_and_batch_change_nothing(tmp_path, family):
     path = str(make_parity_checkpoint(tmp_path / "ckpt", family))
     alone = TorchEngine(path, batch_size=1)

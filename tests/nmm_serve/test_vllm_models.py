@@ -44,6 +44,11 @@ def test_same_tokens_as_torch(checkpoint, family):
         assert_parity(reference, engine, requests[-1:] + requests[:2])  # again, from the prefix cache
 
 
+def test_hard_routing_is_refused(checkpoint):
+    with pytest.raises(EngineError, match="serve this checkpoint with the torch engine"):
+        VLLMEngine(checkpoint("modality-moe"))
+
+
 CRAMPED: dict[str, dict[str, Any]] = {
     "steps": {"max_num_batched_tokens": 100},  # little more than one image: most wait, some of them more than once
     "cache": {"kv_cache_memory_bytes": 8 * 128 * 2048, "prefix_caching": False},  # requests are thrown out and redone

@@ -21,10 +21,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "late-moe": {"vision_config": VISION, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True},
     "tied": {"tie_word_embeddings": True, "num_key_value_heads": 1},
 }
+TORCH_ONLY: dict[str, dict[str, Any]] = {"modality-moe": {"num_experts": 2, "router": "modality"}}
+"""What the torch engine alone serves."""
 
 
 def make_parity_checkpoint(path: Path, family: str) -> Path:
-    make_checkpoint(path, **FAMILIES[family])
+    make_checkpoint(path, **(FAMILIES | TORCH_ONLY)[family])
     model = load_model(path)
     torch.manual_seed(0)
     with torch.no_grad():

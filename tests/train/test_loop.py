@@ -208,6 +208,22 @@ def test_other_families_learn(recipe, tmp_path, family):
     assert run["history"][-1]["loss"] < run["history"][0]["loss"]
 
 
+@pytest.mark.parametrize(
+    ("options", "losses"),
+    [
+        (["model.router=modality", "model.num_experts=2"], set()),
+        (["model.router_z_loss_coef=0.001"], {"aux_loss", "z_loss"}),
+    ],
+)
+def test_routers_train_and_report_the_losses_they_have(recipe, tmp_path, options, losses):
+    options = ["model.family=moe", "steps=1", "accumulate=2", *options]
+    trainer = Trainer(load_config(recipe, options), tmp_path, lambda event: None)
+    metrics = trainer.train_step()
+    assert {name for name in metrics if name.endswith("_loss")} == losses
+    assert all(metrics[name] > 0 for name in losses)
+    trainer.log.close()
+
+
 def test_fine_tuning_starts_from_a_checkpoint_and_learns_answers(recipe, whole, tmp_path):
     options = ["objective=sft", f"init_from={whole / 'final'}", "steps=3", "data.sources=[{kind: builtin, which: vqa}]"]
     trainer = Trainer(load_config(recipe, options), tmp_path, lambda event: None)
