@@ -216,7 +216,7 @@ def test_other_families_learn(recipe, tmp_path, family):
     ],
 )
 def test_routers_train_and_report_the_losses_they_have(recipe, tmp_path, options, losses):
-    options = ["model.family=moe", "steps=1", "accumulate=2", *options]
+    options = ["model.family=moe", "steps=4", "accumulate=2", *options]
     trainer = Trainer(load_config(recipe, options), tmp_path, lambda event: None)
     metrics = trainer.train_step()
     assert {name for name in metrics if name.endswith("_loss")} == losses
