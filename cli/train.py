@@ -120,9 +120,14 @@ def data() -> None:
 @click.option("--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True)
 @click.option("--images", type=click.IntRange(1), default=500, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-def builtin(out: Path, split: str, images: int, seed: int) -> None:
+@click.option(
+    "--jitter",
+    type=click.IntRange(0),
+    help="Pixels that an object may lie off the middle of its cell: few make an easy set.  [default: the whole cell]",
+)
+def builtin(out: Path, split: str, images: int, seed: int, jitter: int | None) -> None:
     """Write a split of the built-in data to OUT as images, COCO captions and VQA v2 files."""
     from nmm_serve.train.data.builtin import export
 
-    export(out, split, images, seed)
+    export(out, split, images, seed, jitter)
     note(f"{images} images of split {split}: {out}")

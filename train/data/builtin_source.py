@@ -13,7 +13,8 @@ class Builtin(Source):
     """`which` of the built-in kinds; the first `size` examples of `split` (they have no end); `seed` of the examples.
 
     Captions: one of five an epoch, or all of them in one document. vqa: all questions of an image in one chat, in a new
-    order each epoch.
+    order each epoch. `jitter`: pixels that an object may lie off the middle of its cell (pictures of captions and vqa);
+    few make an easy set, anywhere in the cell is the standard one.
     """
 
     def __init__(
@@ -25,11 +26,12 @@ class Builtin(Source):
         size: int = 1_000_000,
         seed: int = 0,
         captions: Literal["one", "all"] = "one",
+        jitter: int | None = None,
     ) -> None:
         if size < 1:
             raise ConfigError(f"source {name!r}: size {size}; expected 1 or more")
         self.name, self.kind = name, which
-        self._split, self._size, self._seed, self._captions = split, size, seed, captions
+        self._split, self._size, self._seed, self._captions, self._jitter = split, size, seed, captions, jitter
 
     def __len__(self) -> int:
         return self._size
@@ -49,7 +51,7 @@ class Builtin(Source):
             images: list[ImageSource] = [part for part in content if not isinstance(part, str)]
             parts = [part if isinstance(part, str) else ImageSlot() for part in content]
             return documents.interleaved_document(parts, images, name=name)
-        example = builtin.builtin_images(self._split, index, self._seed)
+        example = builtin.builtin_images(self._split, index, self._seed, self._jitter)
         if self.kind == "caption":
             caption = visit.caption(example.captions, self._captions, index)
             return documents.caption_document(example.image, caption, objective=visit.objective, name=name)

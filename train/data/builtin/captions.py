@@ -19,9 +19,12 @@ def listing(scene: Scene, rng: random.Random) -> str:
 
 
 def places(scene: Scene, rng: random.Random) -> str:
-    """ "There is a red circle in the top left and a green 7 in the center." """
-    placed = [f"{a(f'{o.color} {o.noun}')} in the {o.cell}" for o in scene.objects]
-    return sentence(rng.choice(("{}", "there is {}")).format(join(placed)))
+    """ "There is a red circle in the top left and a green 7 in the center." Or the places first, and in any order: told
+    in reading order alone, what comes next could be said without looking where it is."""
+    objects = rng.sample(scene.objects, len(scene.objects))
+    form = rng.choice(("{what} in the {cell}", "in the {cell} is {what}"))
+    told = join([form.format(what=a(f"{o.color} {o.noun}"), cell=o.cell) for o in objects])
+    return sentence(told if form.startswith("in") else rng.choice(("{}", "there is {}")).format(told))
 
 
 def counts(scene: Scene, rng: random.Random) -> str:

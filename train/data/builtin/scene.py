@@ -1,5 +1,6 @@
 """What a picture of the built-in data shows: a list of objects on a background, drawn from a seed."""
 
+import functools
 import random
 import zlib
 from collections.abc import Iterable
@@ -15,14 +16,11 @@ IMAGE_SIZE = 64  # pixels, both sides
 EXTENT = {"small": 14, "large": 20}
 # Centres stay clear of the lines between the thirds of the image, so that every object has one plain place.
 BANDS = ((8, 19), (25, 39), (45, 56))
-# The centres that keep an object of a size inside the picture, with a pixel to spare, by band.
-_CENTRES = {
-    (band, side): (max(low, side // 2 + 1), min(high, IMAGE_SIZE - side // 2 - 1))
-    for band, (low, high) in enumerate(BANDS)
-    for side in EXTENT.values()
-}
+# The middles of the thirds, where `jitter` starts from.
+MIDDLES = (11, 32, 53)
 # "left of" and "above" are only said of centres at least this far apart (pixels): one patch of 8 x 8.
 CLEARLY_APART = 8
+PLACE_TRIES = 200  # each succeeds one time in eight or more where there is any jitter to speak of
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,24 +85,37 @@ def in_split(fingerprint: str, split: str) -> bool:
     return split == ("val", "test")[slot] if slot < 2 else split == "train"
 
 
-def sample_scene(rng: random.Random, split: str) -> tuple[Scene, Count]:
-    """A scene of 1 to 5 objects, and the counting question whose answer was drawn before the scene was."""
+def sample_scene(rng: random.Random, split: str, jitter: int | None = None) -> tuple[Scene, Count]:
+    """A scene of 1 to 5 objects, and the counting question whose answer was drawn before the scene was.
+
+    `jitter`: how far from the middle of its cell an object may lie, in pixels each way; None for anywhere in the cell.
+    It decides how much there is to learn: a model has to see every kind of object at every offset.
+    """
     if rng.random() < 0.25:
         count = Count(None, rng.randint(1, 5))
-        traits = [_draw_traits(rng) for _ in range(count.answer)]
+        choices, value = None, None
     else:
         choices = rng.choices((KINDS, COLORS, SIZES), weights=(4, 4, 2))[0]
         value = rng.choice(choices)
         count = Count(value, rng.randint(0, 4))
-        traits = _traits_with(rng, choices, value, count.answer)
-    return Scene(place(rng, split, traits), rng.getrandbits(32)), count
-
-
-def place(rng: random.Random, split: str, traits: list[tuple[str, str, str]]) -> tuple[Object, ...]:
-    """Objects with the given (kind, color, size), at places and with digits that belong to `split`."""
-    pools = digits.pools(split)
     while True:
-        centres = _draw_centres(rng, [EXTENT[size] for _, _, size in traits])
+        if choices is None or value is None:
+            traits = [_draw_traits(rng) for _ in range(count.answer)]
+        else:
+            traits = _traits_with(rng, choices, value, count.answer)
+        objects = place(rng, split, traits, jitter)
+        if objects is not None:
+            return Scene(objects, rng.getrandbits(32)), count
+
+
+def place(
+    rng: random.Random, split: str, traits: list[tuple[str, str, str]], jitter: int | None
+) -> tuple[Object, ...] | None:
+    """Objects with the given (kind, color, size), at places and with digits that belong to `split`. None where none
+    were found: with little jitter, a lone object has so few places that a split may own none of them."""
+    pools = digits.pools(split)
+    for _ in range(PLACE_TRIES):
+        centres = _draw_centres(rng, [EXTENT[size] for _, _, size in traits], jitter)
         # Distinct values keep "the 7" one thing.
         values = rng.sample(range(10), len(traits))
         objects = []
@@ -116,6 +127,7 @@ def place(rng: random.Random, split: str, traits: list[tuple[str, str, str]]) ->
         objects.sort(key=lambda o: (_band(o.y), _band(o.x)))
         if in_split(layout(objects), split):
             return tuple(objects)
+    return None
 
 
 def layout(objects: Iterable[Object]) -> str:
@@ -140,7 +152,7 @@ def _traits_with(rng: random.Random, choices: tuple[str, ...], value: str, numbe
     return traits
 
 
-def _draw_centres(rng: random.Random, extents: list[int]) -> list[tuple[int, int]]:
+def _draw_centres(rng: random.Random, extents: list[int], jitter: int | None) -> list[tuple[int, int]]:
     """Centres in distinct cells whose boxes lie inside the image, at least a pixel apart."""
     # The large first: they are the hardest to find room for, and a dead end is noticed early.
     order = sorted(range(len(extents)), key=extents.__getitem__, reverse=True)
@@ -148,7 +160,8 @@ def _draw_centres(rng: random.Random, extents: list[int]) -> list[tuple[int, int
         placed: dict[int, tuple[int, int]] = {}
         for i, cell in zip(order, rng.sample(range(9), len(extents)), strict=True):
             for _ in range(8):
-                x, y = _draw_in_band(rng, cell % 3, extents[i]), _draw_in_band(rng, cell // 3, extents[i])
+                columns, rows = _reach(cell % 3, extents[i], jitter), _reach(cell // 3, extents[i], jitter)
+                x, y = _draw_from(rng, *columns), _draw_from(rng, *rows)
                 for k, (px, py) in placed.items():
                     room = (extents[i] + extents[k]) // 2
                     if -room <= x - px <= room and -room <= y - py <= room:
@@ -162,8 +175,16 @@ def _draw_centres(rng: random.Random, extents: list[int]) -> list[tuple[int, int
             return [placed[i] for i in range(len(extents))]
 
 
-def _draw_in_band(rng: random.Random, band: int, side: int) -> int:
-    low, high = _CENTRES[band, side]
+@functools.cache
+def _reach(band: int, side: int, jitter: int | None) -> tuple[int, int]:
+    """First and last centre that keeps an object of `side` inside its band and the picture, with a pixel to spare."""
+    low, high = BANDS[band]
+    if jitter is not None:
+        low, high = max(low, MIDDLES[band] - jitter), min(high, MIDDLES[band] + jitter)
+    return max(low, side // 2 + 1), min(high, IMAGE_SIZE - side // 2 - 1)
+
+
+def _draw_from(rng: random.Random, low: int, high: int) -> int:
     # randint does the same at four times the cost, and this is the innermost line of every example.
     return low + int(rng.random() * (high - low + 1))
 
