@@ -9,8 +9,9 @@ from typing import Any, NoReturn
 
 import click
 
-from nmm_serve.errors import NMMError
+from nmm_serve.errors import NMMError, UsageError
 
+USAGE = click.UsageError.exit_code
 INTERRUPTED = 130
 """Exit status of a command stopped with Ctrl-C, as shells count it (128 + SIGINT)."""
 
@@ -95,7 +96,7 @@ class Group(click.Group):
         if self.debug:
             traceback.print_exc()
         click.echo(f"Error: {describe(error)}", err=True)
-        sys.exit(1)
+        sys.exit(USAGE if isinstance(error, UsageError) else 1)
 
 
 def describe(error: Exception) -> str:

@@ -58,6 +58,9 @@ def message_parts(messages: Iterable[dict[str, Any]], add_generation_prompt: boo
     The end token belongs to the assistant, so a loss on the assistant's parts teaches it to stop.
     """
     parts: list[tuple[str, Part]] = [("system", Special(BOS))]
+    messages = list(messages)
+    if not messages:
+        raise PromptError("a chat without messages; give at least one")
     for message in messages:
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:

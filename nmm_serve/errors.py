@@ -1,4 +1,5 @@
-"""What a user did wrong. The commands print these as one line and exit 1; `assert` is for our own invariants."""
+"""What a user did wrong. The commands print these as one line and exit 1 (2 for
+usage); `assert` is for our own invariants."""
 
 import difflib
 from collections.abc import Iterable
@@ -11,6 +12,10 @@ class NMMError(Exception):
 
 class ConfigError(NMMError):
     """A configuration file, key, value or option."""
+
+
+class UsageError(ConfigError):
+    """A command-line option that does not exist or contradicts another one."""
 
 
 class CheckpointError(NMMError):

@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nmm_serve.errors import CheckpointError, ConfigError, EngineError, unknown_name
+from nmm_serve.errors import ConfigError, EngineError, UsageError, unknown_name
 from nmm_serve.server_gate import PARENT
 
 if TYPE_CHECKING:
@@ -83,19 +83,19 @@ def eager(options: ServerOptions) -> bool:
 
 
 def check_flags(options: ServerOptions) -> None:
-    """Raises ConfigError for flags that contradict the command's own options or its guards."""
+    """Raises UsageError for flags that contradict the command's own options or its guards."""
     for name in flag_names([flag for flag in options.extra if flag.startswith("--")]):
         for own, instead in OWN_FLAGS.items():
             if own.startswith(name):  # vLLM takes a flag's beginning for the flag
-                raise ConfigError(f"--{own} cannot be passed on to vLLM: {instead}")
+                raise UsageError(f"--{own} cannot be passed on to vLLM: {instead}")
         for own, value in (("dtype", options.dtype != "auto"), ("max-model-len", options.max_model_len is not None)):
             if name == own and value:
-                raise ConfigError(f"--{name} was given twice")
+                raise UsageError(f"--{name} was given twice")
     if options.api_key is not None and not options.api_key.strip():
-        raise ConfigError("--api-key is empty, which would leave the server open; give a key or leave the option out")
+        raise UsageError("--api-key is empty, which would leave the server open; give a key or leave the option out")
     for domain in options.media_domains:
         if not re.fullmatch(r"[A-Za-z0-9.-]+|[0-9A-Fa-f:]+", domain):
-            raise ConfigError(f"--allow-media-domain {domain!r} is not a host name; give it without http:// and path")
+            raise UsageError(f"--allow-media-domain {domain!r} is not a host name; give it without http:// and path")
 
 
 def check_context(config: "NMMConfig", max_model_len: int | None) -> int:
@@ -337,11 +337,11 @@ class Server:
 
 
 def checked_config(checkpoint: str | Path) -> "NMMConfig":
-    """The checkpoint's config. Raises CheckpointError, also for a name that looks like a flag."""
+    """The checkpoint's config. Raises CheckpointError, and UsageError for a name that looks like a flag."""
     from nmm_serve.checkpoint import load_config
 
     if str(checkpoint).startswith("-"):
-        raise CheckpointError(f"expected a checkpoint directory, got {checkpoint!r}; give the directory first")
+        raise UsageError(f"expected a checkpoint directory, got {checkpoint!r}; give the directory first")
     return load_config(checkpoint)
 
 
@@ -365,10 +365,10 @@ def start_failure(lines: Sequence[str], status: int) -> Exception:
         name = unknown[1].split()[0]
         known = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text.split("error: unrecognized")[0]))
         ours = {"--host", "--port", "--api-key", "--allow-media-domain", "--dtype", "--max-model-len", "--log-file"}
-        return ConfigError(short(unknown_name("option", name, known | ours | {"--verbose"})))
+        return UsageError(short(unknown_name("option", name, known | ours | {"--verbose"})))
     usage = re.search(r"api_server\.py: error: (.*)", text)
     if usage:
-        return ConfigError(f"vLLM refuses its flags: {usage[1]}")
+        return UsageError(f"vLLM refuses its flags: {usage[1]}")
     causes = [
         match[1]
         for line in lines

@@ -68,6 +68,8 @@ def test_unknown_roles_and_parts_are_named(processor):
         processor.encode_chat([{"role": "user", "content": [{"type": "video"}]}])
     with pytest.raises(PromptError, match="no content"):
         processor.encode_chat([{"role": "user"}])
+    with pytest.raises(PromptError, match="a chat without messages"):
+        processor.encode_chat([])
 
 
 def test_only_the_assistants_words_and_end_are_the_assistants():

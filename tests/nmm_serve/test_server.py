@@ -9,7 +9,7 @@ from tiny_checkpoint import make_checkpoint
 
 from nmm_serve import server as module
 from nmm_serve.checkpoint import load_config
-from nmm_serve.errors import CheckpointError, ConfigError, EngineError
+from nmm_serve.errors import CheckpointError, ConfigError, EngineError, UsageError
 from nmm_serve.server import Server, ServerOptions, flag_names, free_port, server_command, start_failure
 
 
@@ -117,9 +117,11 @@ def test_contradictions_are_refused(checkpoint, options, told):
 
 def test_a_wrong_checkpoint_is_refused(tmp_path):
     pytest.importorskip("vllm")
-    for path, told in ((tmp_path, "it lacks config.json"), (tmp_path / "no", "does not exist"), ("--port", "first")):
+    for path, told in ((tmp_path, "it lacks config.json"), (tmp_path / "no", "does not exist")):
         with pytest.raises(CheckpointError, match=told):
             Server(path)
+    with pytest.raises(UsageError, match="give the directory first"):
+        Server("--port")
 
 
 def test_without_vllm(checkpoint, monkeypatch):
@@ -152,11 +154,11 @@ USAGE = "usage: api_server.py [-h] [--max-num-seqs MAX]\n  [--max-model-len N]\n
 @pytest.mark.parametrize(
     ("log", "kind", "told"),
     [
-        (USAGE + "api_server.py: error: unrecognized arguments: --max-num-seqz 3", ConfigError,
+        (USAGE + "api_server.py: error: unrecognized arguments: --max-num-seqz 3", UsageError,
          "unknown option '--max-num-seqz'. Did you mean '--max-num-seqs'? See: nmm-serve launch --help"),
-        (USAGE + "api_server.py: error: unrecognized arguments: --prot 3", ConfigError,
+        (USAGE + "api_server.py: error: unrecognized arguments: --prot 3", UsageError,
          "unknown option '--prot'. Did you mean '--port'? See: nmm-serve launch --help"),
-        (USAGE + "api_server.py: error: argument --dtype: invalid choice: 'x'", ConfigError,
+        (USAGE + "api_server.py: error: argument --dtype: invalid choice: 'x'", UsageError,
          "vLLM refuses its flags: argument --dtype: invalid choice: 'x'"),
         ("(EngineCore pid=3) ERROR 11-22 [core.py:9] ValueError: no room for the KV cache\nTraceback\n"
          "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}", EngineError,

@@ -236,6 +236,11 @@ def test_an_over_long_prompt_is_refused(live):
         live.chat(text("circle " * 2000))
 
 
+def test_a_chat_without_messages_is_refused(live):
+    with pytest.raises(openai.BadRequestError, match="a chat without messages"):
+        live.client.chat.completions.create(model="tiny", messages=[])
+
+
 def test_unknown_names_are_refused(live):
     with pytest.raises(openai.NotFoundError, match="The model `other` does not exist"):
         live.chat(text("what"), model="other")
@@ -297,7 +302,7 @@ def test_a_client_that_goes_away_stops_its_work(live):
 def test_a_flag_that_vllm_does_not_know(live):
     command = [*LAUNCH, str(live.checkpoint), "--port", "0", "--max-num-seqz", "3"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "unknown option '--max-num-seqz'. Did you mean '--max-num-seqs'?" in done.stderr
     assert "Traceback" not in done.stderr
 
