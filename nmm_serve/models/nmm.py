@@ -19,7 +19,7 @@ from nmm_serve.errors import PromptError
 from nmm_serve.models.blocks import DecoderLayer, Experts, RMSNorm, RouterOutput, TokenMarks, rope_tables
 from nmm_serve.models.masks import attention_mask as build_mask
 from nmm_serve.models.masks import image_spans
-from nmm_serve.models.vision import PatchEmbed, VisionEncoder
+from nmm_serve.models.vision import PatchEmbed, PositionTable, VisionEncoder
 
 
 @dataclass
@@ -48,7 +48,8 @@ class NMMPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """L3M's initialisation: truncated normal with variance 1 / (fan_in * (1 + depth)); embeddings U(-0.1, 0.1)."""
+        """L3M's initialisation: truncated normal with variance 1 / (fan_in * (1 + depth)); embeddings U(-0.1, 0.1).
+        Positions in an image are ours: N(0, 1)."""
 
         def fan_in(weight: torch.Tensor) -> None:
             std = (weight.shape[-1] * (1 + self.config.num_hidden_layers)) ** -0.5
@@ -59,6 +60,8 @@ class NMMPreTrainedModel(PreTrainedModel):
         elif isinstance(module, Experts):
             fan_in(module.gate_up_proj)
             fan_in(module.down_proj)
+        elif isinstance(module, PositionTable):
+            nn.init.normal_(module.weight)
         elif isinstance(module, nn.Embedding):
             nn.init.uniform_(module.weight, -0.1, 0.1)
         elif isinstance(module, RMSNorm):

@@ -18,6 +18,11 @@ def max_grid_side(config) -> int:
     return config.image_size // config.patch_size * int(MAX_ASPECT_RATIO**0.5)
 
 
+class PositionTable(nn.Embedding):
+    """Rows or columns. It starts at N(0, 1): Adam moves every weight alike, so the projection of a patch, with its
+    hundreds of inputs, soon gives numbers of about 6; a position of a tenth beside them would not be heard."""
+
+
 class PatchEmbed(nn.Module):
     """One linear projection of raw RGB patches, plus a learned position of the row and of the column.
 
@@ -27,8 +32,8 @@ class PatchEmbed(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.proj = nn.Linear(config.patch_dim, config.vision_width, bias=False)
-        self.row_embed = nn.Embedding(max_grid_side(config), config.vision_width)
-        self.col_embed = nn.Embedding(max_grid_side(config), config.vision_width)
+        self.row_embed = PositionTable(max_grid_side(config), config.vision_width)
+        self.col_embed = PositionTable(max_grid_side(config), config.vision_width)
 
     def forward(self, patches_PK: torch.Tensor, grid_I2: torch.Tensor) -> torch.Tensor:
         """float patches in [-1, 1], or uint8 pixels as `image_front` takes them, which is one launch on a GPU."""
