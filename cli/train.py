@@ -7,11 +7,15 @@ import click
 
 from nmm_serve.cli.errors import Group
 from nmm_serve.cli.render import note, print_table, progress_bars
+from nmm_serve.cli.scaling import fit
 
 
 @click.group(cls=Group)
 def main() -> None:
     """Train native multimodal models from scratch."""
+
+
+main.add_command(fit)
 
 
 @main.command()

@@ -1,0 +1,81 @@
+"""The compute frontier of measured losses: convex hull of per-size curves, and its exponent L ~ K C^c."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from nmm_serve.evals.scaling.fit import Runs
+from nmm_serve.evals.scaling.law import Cost, Law
+from nmm_serve.evals.scaling.optimise import Array
+
+PAPER_FROM = 3e19
+"""The paper's line starts here; runs under ten times this size start theirs where the second size takes the lead."""
+_POINTS = 200
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """L = K C^c through the hull between `low` and `high` FLOPs."""
+
+    K: float
+    c: float
+    low: float
+    high: float
+    log_c_X: Array
+    log_loss_X: Array
+    """The hull itself, at the FLOPs exp(log_c_X)."""
+
+
+def size_curves(runs: Runs) -> dict[float, tuple[Array, Array]]:
+    """ln C and ln L of each size with at least two budgets, in order of C; repeated runs are averaged."""
+    curves = {}
+    for size in np.unique(runs.n_R):
+        of_size = runs.rows(runs.n_R == size)
+        budgets = np.unique(of_size.flops_R)
+        if len(budgets) > 1:
+            losses = [np.log(of_size.loss_R[of_size.flops_R == c]).mean() for c in budgets]
+            curves[float(size)] = np.log(budgets), np.array(losses)
+    return curves
+
+
+def frontier(runs: Runs) -> Frontier | None:
+    """None where fewer than two sizes have curves, or these do not overlap."""
+    curves = size_curves(runs)
+    if len(curves) < 2:
+        return None
+    low = min(x[0] for x, _ in curves.values())
+    high = max(x[-1] for x, _ in curves.values())
+    x_X = np.linspace(low, high, _POINTS)
+    values_NX = np.array([np.interp(x_X, x, y, left=np.inf, right=np.inf) for x, y in curves.values()])
+    best_X = values_NX.min(0)
+    covered = np.isfinite(best_X)
+    hull_X = _lower_hull(x_X[covered], best_X[covered])
+    x_X, leader_X = x_X[covered], values_NX.argmin(0)[covered]
+    start = np.log(PAPER_FROM) if high > np.log(10 * PAPER_FROM) else x_X[np.argmax(leader_X > leader_X[0])]
+    use = x_X >= start
+    if use.sum() < 10 or len(np.unique(leader_X[use])) < 2:
+        use = np.isfinite(x_X)
+    c, log_K = np.polyfit(x_X[use], hull_X[use], 1)
+    return Frontier(
+        K=float(np.exp(log_K)), c=float(c), low=float(np.exp(x_X[use][0])), high=float(np.exp(x_X[use][-1])),
+        log_c_X=x_X[use], log_loss_X=hull_X[use],
+    )  # fmt: skip
+
+
+def _lower_hull(x_X: Array, y_X: Array) -> Array:
+    """The lower convex hull of the points, at every x (Andrew's monotone chain)."""
+    hull: list[int] = []
+    for i in range(len(x_X)):
+        while len(hull) > 1:
+            j, k = hull[-2:]
+            if (y_X[k] - y_X[j]) * (x_X[i] - x_X[j]) < (y_X[i] - y_X[j]) * (x_X[k] - x_X[j]):
+                break
+            hull.pop()
+        hull.append(i)
+    return np.interp(x_X, x_X[hull], y_X[hull])
+
+
+def law_exponent(law: Law, low: float, high: float, cost: Cost) -> float:
+    """c of the law's own optimum between two budgets."""
+    flops = np.geomspace(low, high, 50)
+    return float(np.polyfit(np.log(flops), np.log(law.best_loss(flops, cost)), 1)[0])

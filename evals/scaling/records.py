@@ -1,0 +1,169 @@
+"""Records of a sweep, one JSON object a line: what was trained on how much, and the losses it reached."""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nmm_serve.errors import DataError
+from nmm_serve.evals.scaling.fit import Runs
+
+MEAN = "loss"
+"""The target of the mean over data types; the others are named after their type."""
+
+
+@dataclass(frozen=True)
+class SweepRecord:
+    """One run. `values` is the whole JSON object, keys that nothing here reads included."""
+
+    line: int
+    family: str
+    n_params: float
+    """Active parameters."""
+    tokens: float
+    flops: float
+    losses: dict[str, float]
+    """Nats a token by target: MEAN, and each data type."""
+    values: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sparsity(self) -> float | None:
+        """Share of experts that a token does not visit. None where the record tells neither it nor the experts."""
+        given, experts = self.values.get("sparsity"), self.values.get("num_experts")
+        if given is not None:
+            return float(given)
+        return 1 - self.values.get("num_experts_per_tok", 1) / experts if experts else None
+
+
+@dataclass(frozen=True)
+class Records:
+    runs: list[SweepRecord]
+    warnings: list[str]
+    """What was filled in, in plain words."""
+
+    def families(self) -> list[str]:
+        return list(dict.fromkeys(run.family for run in self.runs))
+
+    def of(self, family: str) -> list[SweepRecord]:
+        return [run for run in self.runs if run.family == family]
+
+
+def targets(runs: Sequence[SweepRecord]) -> list[str]:
+    """The mean first, then the data types in order of appearance."""
+    names = dict.fromkeys(name for run in runs for name in run.losses)
+    return sorted(names, key=lambda name: name != MEAN)
+
+
+def as_runs(records: Sequence[SweepRecord], target: str) -> Runs:
+    held = [r for r in records if target in r.losses]
+    columns = np.array([(r.n_params, r.tokens, r.losses[target], r.flops) for r in held], float).reshape(-1, 4)
+    return Runs(*columns.T)
+
+
+def load_records(path: Path) -> Records:
+    """Read a JSON Lines file. Raises DataError naming the line of the first fault."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist; `nmm-train sweep` writes records.jsonl") from None
+    except IsADirectoryError:
+        raise DataError(f"{path} is a folder; name the file, for example {path / 'records.jsonl'}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); expected JSON Lines") from None
+    return parse_records(text.split("\n"), str(path))
+
+
+def parse_records(lines: Iterable[str], source: str) -> Records:
+    """Check each line. A record needs family, n_params, tokens, and loss or losses; missing FLOPs are filled with 6ND
+    and said so. Raises DataError."""
+    runs: list[SweepRecord] = []
+    filled: dict[str, list[int]] = {}
+    for number, text in enumerate(lines, 1):
+        if not text.strip():
+            continue
+        where = f"{source}, line {number}"
+        try:
+            values = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(f"{where} is not JSON: {getattr(error, 'msg', 'nested too deeply')}") from None
+        if not isinstance(values, dict):
+            raise DataError(f"{where} is not a JSON object but a {type(values).__name__}; expected one run a line")
+        family = values.get("family")
+        if not isinstance(family, str) or not family:
+            raise DataError(f"{where}: family must be a name such as 'early', not {family!r}")
+        n_params, tokens = _positive(values, "n_params", where), _positive(values, "tokens", where)
+        if values.get("flops") is None:
+            filled.setdefault(family, []).append(number)
+            flops = 6 * n_params * tokens
+        else:
+            flops = _positive(values, "flops", where)
+        _check_sparsity(values, where)
+        runs.append(SweepRecord(number, family, n_params, tokens, flops, _losses(values, where), values))
+    if not runs:
+        raise DataError(f"{source} holds no records; expected one JSON object a line")
+    for family in dict.fromkeys(run.family for run in runs):
+        _check_same_types([run for run in runs if run.family == family], source)
+    return Records(runs, [_filled_warning(family, numbers) for family, numbers in filled.items()])
+
+
+def _positive(values: dict[str, Any], key: str, where: str) -> float:
+    if key not in values:
+        raise DataError(f"{where} lacks {key}; a record needs family, n_params, tokens, flops and loss or losses")
+    return _number(values[key], key, where)
+
+
+def _number(value: Any, key: str, where: str) -> float:
+    try:
+        number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not (math.isfinite(number) and number > 0):
+        raise DataError(f"{where}: {key} must be a positive number, not {value!r}")
+    return number
+
+
+def _losses(values: dict[str, Any], where: str) -> dict[str, float]:
+    by_type = values.get("losses")
+    if by_type is not None and (not isinstance(by_type, dict) or not by_type):
+        raise DataError(f"{where}: losses must map data types to numbers, not {by_type!r}")
+    losses = {name: _number(value, f"losses.{name}", where) for name, value in (by_type or {}).items()}
+    if MEAN in losses:
+        raise DataError(f"{where}: losses has a data type named {MEAN!r}, which is the name of their mean; rename it")
+    if values.get("loss") is not None:
+        return {MEAN: _number(values["loss"], "loss", where), **losses}
+    if not losses:
+        raise DataError(f"{where} lacks loss and losses; give one of them")
+    return {MEAN: sum(losses.values()) / len(losses), **losses}
+
+
+def _check_sparsity(values: dict[str, Any], where: str) -> None:
+    given = values.get("sparsity")
+    if given is not None and not (isinstance(given, int | float) and 0 <= given < 1):
+        raise DataError(f"{where}: sparsity is the share of idle experts, from 0 to under 1, not {given!r}")
+    experts, used = values.get("num_experts"), values.get("num_experts_per_tok", 1)
+    for key, value in (("num_experts", experts), ("num_experts_per_tok", used)):
+        if value is not None and (not isinstance(value, int) or value < 0):
+            raise DataError(f"{where}: {key} must be a whole number, not {value!r}")
+    if experts and not 1 <= used <= experts:
+        raise DataError(f"{where}: num_experts_per_tok {used} must lie between 1 and num_experts {experts}")
+
+
+def _check_same_types(runs: Sequence[SweepRecord], source: str) -> None:
+    """A mean over other data types is another quantity."""
+    first = set(runs[0].losses)
+    for run in runs:
+        if set(run.losses) != first:
+            odd = sorted(set(run.losses) ^ first)
+            raise DataError(
+                f"{source}, line {run.line}: the data types of family {run.family!r} differ from those of line "
+                f"{runs[0].line} ({', '.join(odd)}); fit records of one validation set at a time"
+            )
+
+
+def _filled_warning(family: str, numbers: list[int]) -> str:
+    late = "; for late fusion that leaves out that text skips the encoder" if family.startswith("late") else ""
+    return f"{family}: flops missing in {len(numbers)} records (first: line {numbers[0]}); 6ND was taken{late}"

@@ -1,0 +1,38 @@
+import json
+import math
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from synthetic_runs import EARLY, SMALL, grid, lines, write_records
+
+from nmm_serve.cli.train import main
+
+SIZES, BUDGETS = np.geomspace(1e7, 1e10, 5), np.geomspace(1e9, 1e12, 5)
+
+
+def test_fit_prints_one_json_document(tmp_path):
+    path = write_records(tmp_path / "r.jsonl", lines(grid(SIZES, BUDGETS, EARLY, 0.005)))
+    run = CliRunner().invoke(main, ["fit", str(path), "--json", "--bootstraps", "20", "-o", str(tmp_path / "f.json")])
+    assert run.exit_code == 0, run.output
+    document = json.loads(run.stdout)
+    assert document["fits"][0]["family"] == "early"
+    assert math.isfinite(document["fits"][0]["c"])
+    assert json.loads((tmp_path / "f.json").read_text()) == document
+
+
+def test_fit_prints_a_table_and_warnings(tmp_path):
+    path = write_records(tmp_path / "r.jsonl", lines(grid(SIZES[:2], BUDGETS, SMALL, 0.005)))
+    run = CliRunner().invoke(main, ["fit", str(path), "--bootstraps", "20"])
+    assert run.exit_code == 0, run.output
+    assert "early, loss" in run.stdout
+    assert "2 model sizes" in run.stderr
+
+
+@pytest.mark.parametrize("text", ['{"family": "early"}\n', ""])
+def test_fit_of_a_bad_file_is_one_line_and_exit_1(tmp_path, text):
+    (tmp_path / "r.jsonl").write_text(text)
+    run = CliRunner().invoke(main, ["fit", str(tmp_path / "r.jsonl")])
+    assert run.exit_code == 1
+    assert run.stderr.startswith("Error: ")
+    assert "Traceback" not in run.stderr

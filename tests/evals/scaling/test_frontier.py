@@ -1,0 +1,34 @@
+import numpy as np
+import pytest
+from synthetic_runs import EARLY, grid
+
+from nmm_serve.evals.scaling.frontier import frontier, law_exponent, size_curves
+from nmm_serve.evals.scaling.law import Cost
+
+SIZES, BUDGETS = np.geomspace(1e8, 1e10, 9), np.geomspace(1e9, 1e12, 12)
+
+
+def test_frontier_of_dense_curves_is_the_laws_own():
+    found = frontier(grid(SIZES, BUDGETS, EARLY))
+    assert found.low >= 3e19 * 0.99
+    assert found.c == pytest.approx(law_exponent(EARLY, found.low, found.high, Cost()), abs=0.003)
+    best = EARLY.best_loss(np.exp(found.log_c_X), Cost())
+    assert np.exp(found.log_loss_X) == pytest.approx(best, rel=0.02)
+
+
+def test_runs_of_a_laptop_start_where_the_second_size_leads():
+    found = frontier(grid(SIZES / 1e4, BUDGETS / 1e4, EARLY))
+    assert found.low > 6 * 1e4 * 1e5
+    assert found.c < 0
+
+
+def test_repeated_runs_are_averaged():
+    runs = grid(SIZES, BUDGETS, EARLY)
+    twice = type(runs)(*(np.concatenate([v, v]) for v in (runs.n_R, runs.d_R, runs.loss_R, runs.flops_R)))
+    assert len(size_curves(twice)[SIZES[0]][0]) == len(BUDGETS)
+    assert frontier(twice).c == pytest.approx(frontier(runs).c)
+
+
+def test_no_curves_no_frontier():
+    runs = grid(SIZES, BUDGETS[:1], EARLY)
+    assert frontier(runs) is None

@@ -1,0 +1,104 @@
+import json
+
+import numpy as np
+import pytest
+from synthetic_runs import EARLY, SMALL, grid, lines
+
+from nmm_serve.errors import DataError
+from nmm_serve.evals.scaling.law import Law
+from nmm_serve.evals.scaling.records import parse_records
+from nmm_serve.evals.scaling.study import fit_records
+
+SIZES, BUDGETS = np.geomspace(1e7, 1e10, 5), np.geomspace(1e9, 1e12, 5)
+KEYS = {
+    "family",
+    "target",
+    "E",
+    "A",
+    "alpha",
+    "B",
+    "beta",
+    "a",
+    "b",
+    "c",
+    "intervals",
+    "mae_pct",
+    "r2",
+    "n",
+    "warnings",
+}
+
+
+def test_families_are_fitted_apart_and_the_document_is_json():
+    mixed = [
+        line
+        for pair in zip(
+            lines(grid(SIZES, BUDGETS, EARLY, 0.003)), lines(grid(SIZES, BUDGETS, SMALL), "late"), strict=True
+        )
+        for line in pair
+    ]
+    document = fit_records(parse_records(mixed, "runs"), bootstraps=30)
+    json.dumps(document, allow_nan=False)
+    early, late = document["fits"]
+    assert (early["family"], late["family"]) == ("early", "late")
+    for fit in (early, late):
+        assert set(fit) >= KEYS
+        assert fit["n"] == 25
+        assert fit["a"] + fit["b"] == pytest.approx(1)
+        for name in ("E", "A", "alpha", "B", "beta", "a", "b", "c", "d"):
+            low, high = fit["intervals"][name]
+            assert low <= fit[name] <= high
+    assert early["E"] == pytest.approx(EARLY.E, rel=0.05)
+    assert late["E"] == pytest.approx(SMALL.E, rel=0.01)
+    for row in early["optima"]:
+        low, high = row["intervals"]["n_params"]
+        assert low <= row["n_params"] <= high
+
+
+def test_each_data_type_and_the_mean_get_a_fit():
+    runs, other = grid(SIZES, BUDGETS, EARLY), grid(SIZES, BUDGETS, SMALL)
+    records = [
+        json.dumps({"family": "early", "n_params": n, "tokens": d, "flops": c, "losses": {"text": x, "caption": y}})
+        for n, d, c, x, y in zip(runs.n_R, runs.d_R, runs.flops_R, runs.loss_R, other.loss_R, strict=True)
+    ]
+    fits = {fit["target"]: fit for fit in fit_records(parse_records(records, "runs"), bootstraps=20)["fits"]}
+    assert list(fits) == ["loss", "text", "caption"]
+    assert fits["text"]["E"] == pytest.approx(EARLY.E, rel=0.01)
+    assert fits["caption"]["E"] == pytest.approx(SMALL.E, rel=0.01)
+
+
+def test_a_family_with_too_few_runs_is_null_with_the_reason():
+    many, few = lines(grid(SIZES, BUDGETS, EARLY)), lines(grid(SIZES[:2], BUDGETS[:2], EARLY), "late")
+    fits = fit_records(parse_records(many + few, "runs"), bootstraps=20)["fits"]
+    assert fits[1]["E"] is None
+    assert "too few" in fits[1]["warnings"][0]
+    with pytest.raises(DataError, match="no family can be fitted"):
+        fit_records(parse_records(few, "runs"), bootstraps=20)
+
+
+def test_sparsity_needs_levels():
+    def moe(sparsity):
+        extra = {"sparsity": sparsity}
+        law = Law(1.5 + 0.4 * (1 - sparsity) ** 0.3, EARLY.A, EARLY.alpha, EARLY.B, EARLY.beta)
+        return lines(grid(SIZES, BUDGETS, law), "moe", **extra)
+
+    one = fit_records(parse_records(moe(0.875), "runs"), bootstraps=20)["fits"][0]["sparsity_aware"]
+    assert one["fit"] is None
+    assert "one level" in one["reason"]
+    unknown = fit_records(parse_records(lines(grid(SIZES, BUDGETS, EARLY), "moe"), "runs"), bootstraps=20)
+    assert "tells no sparsity" in unknown["fits"][0]["sparsity_aware"]["reason"]
+    three = fit_records(parse_records(moe(0.5) + moe(0.75) + moe(0.9375), "runs"), bootstraps=20)["fits"][0]
+    found = three["sparsity_aware"]
+    assert found["in_sample"]["mae_pct"] < 0.2 < three["in_sample"]["mae_pct"]
+    assert set(found["fit"]) == {"A", "alpha", "B", "beta", "C", "lambda", "d", "delta", "gamma", "E"}
+
+
+def test_isoflop_runs_without_curves_still_fit():
+    flops = np.repeat(np.geomspace(1e18, 1e21, 5), 6)
+    n = np.sqrt(flops / 120) * np.tile(np.geomspace(0.2, 5, 6), 5) * np.linspace(0.99, 1.01, 30)
+    d = flops / 6 / n
+    runs = type(grid(SIZES, BUDGETS, EARLY))(n, d, EARLY.loss(n, d), flops)
+    fit = fit_records(parse_records(lines(runs), "runs"), bootstraps=20)["fits"][0]
+    assert fit["alpha"] == pytest.approx(EARLY.alpha, rel=0.02)
+    assert fit["frontier"]["source"] == "law"
+    assert -0.1 < fit["c"] < 0
