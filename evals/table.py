@@ -30,7 +30,7 @@ class Cell:
 def comparison(records: Sequence[Record]) -> tuple[list[Column], list[list[Cell]]]:
     """Columns and rows; a column that no record fills is left out."""
     columns = _COLUMNS
-    rows = [[cell(record) for _, cell in columns] for record in records]
+    rows = [[cell(record) for _, cell in columns] for record in records if set(record["tasks"]) != {"contamination"}]
     kept = [i for i in range(len(columns)) if any(row[i].value is not None for row in rows)]
     return [columns[i][0] for i in kept], [[row[i] for i in kept] for row in rows]
 
@@ -44,9 +44,13 @@ def remarks(records: Sequence[Record]) -> list[str]:
             lines.append(f"{name}: not final, evaluated on part of the data (--limit)")
         for task, section in record["tasks"].items():
             if section.get("failed"):
-                lines.append(f"{name}: {task}: {section['failed']} of {section['n']} items failed; no score is given")
+                of = section["n"] + section.get("train_documents", 0)
+                consequence = "they were not checked" if task == "contamination" else "no score is given"
+                lines.append(f"{name}: {task}: {section['failed']} of {of} items failed; {consequence}")
             for metric, reason in (section.get("metric_reasons") or {}).items():
                 lines.append(f"{name}: {metric}: {reason}")
+        if "contamination" in record["tasks"]:
+            lines += [f"{name}: {line}" for line in contamination_lines(record)]
     for task in ("vqa", "caption"):
         seen = {
             str(r["tasks"][task]["data"]["files"]) + str(r["tasks"][task]["n"]) for r in records if task in r["tasks"]
@@ -87,6 +91,31 @@ def routing_table(record: Record) -> tuple[list[str], list[list[str]], str]:
         f"that ignores modality has specialisation {section['specialisation_floor']:.3f}"
     )
     return columns, rows, caption
+
+
+def contamination_table(record: Record) -> tuple[list[str], list[list[str]], str]:
+    """Columns, a row a kind of overlap, and a line below."""
+    section = record["tasks"]["contamination"]
+    images, texts = section["images"], section["texts"]
+    rows = []
+    for name, found in (
+        ("exact image", images["exact"]),
+        ("near-duplicate image", images["near"]),
+        ("13-gram of text", texts["overlapping"]),
+    ):
+        share = MISSING if found["share"] is None else f"{100 * found['share']:.2f}"
+        rows.append([name, f"{found['count']:,}", f"{found['of']:,}", share])
+    caption = (
+        f"against {images['train']:,} training images and {texts['train']:,} training texts; {texts['too_short']:,} of "
+        f"{texts['evaluation']:,} evaluation texts are too short to check"
+    )
+    return ["evaluation data found in training data", "found", "of", "%"], rows, caption
+
+
+def contamination_lines(record: Record) -> list[str]:
+    """One line for each kind of overlap that was found."""
+    _, rows, _ = contamination_table(record)
+    return [f"{found} of {of} were found in the training data ({name})" for name, found, of, _ in rows if found != "0"]
 
 
 def _number_text(number: dict[str, Any], scale: float, digits: int) -> str:

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -206,6 +207,15 @@ def test_other_families_learn(recipe, tmp_path, family):
     run = read_run(final)
     assert run["family"] == load_model(final).config.family == family
     assert run["history"][-1]["loss"] < run["history"][0]["loss"]
+    events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    steps = [e for e in events if e["event"] == "train"]
+    assert all(("routed" in step) == ("moe" in family) for step in steps)
+    if "moe" in family:
+        # every token of every logged step went to one expert of each layer
+        tokens = {"image": run["image_tokens"], "text": run["tokens"] - run["image_tokens"]}
+        for modality, total in tokens.items():
+            by_layer = np.array([step["routed"][modality] for step in steps]).sum((0, 2))
+            assert by_layer.tolist() == [total] * load_model(final).config.num_hidden_layers
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,9 @@ class CocoCaptions(Source):
         image = self._images / self._files[index]
         return caption_document(image, caption, objective=visit.objective, name=self.item_name(index))
 
+    def texts(self, index: int) -> list[str]:
+        return list(self._captions[index])
+
 
 class VQAv2(Source):
     """The questions of one image in one chat, up to `max_questions`, in a new order each epoch.

@@ -70,6 +70,8 @@ class Reading:
     name: str
     source: str
     read: Callable[[], Document]
+    texts: Callable[[], list[str]]
+    """Every text of the document in any epoch; `read` gives that of the first."""
 
 
 def readings(sources: Sequence[Source], objective: Objective = "sft", limit: int | None = None) -> Iterator[Reading]:
@@ -77,4 +79,9 @@ def readings(sources: Sequence[Source], objective: Objective = "sft", limit: int
     visit = Visit("0", 0, objective)
     for source in sources:
         for index in range(len(source) if limit is None else min(limit, len(source))):
-            yield Reading(source.item_name(index), source.name, partial(source.document, index, visit))
+            yield Reading(
+                source.item_name(index),
+                source.name,
+                partial(source.document, index, visit),
+                partial(source.texts, index),
+            )

@@ -64,6 +64,10 @@ class Source(ABC):
     def document(self, index: int, visit: Visit) -> Document:
         """Raises DataError for a document that cannot be read."""
 
+    def texts(self, index: int) -> list[str]:
+        """Every text that the document can show in any epoch. Raises DataError for a document that cannot be read."""
+        return [part for _, part in self.document(index, Visit("0", 0, "sft")).parts if type(part) is str]
+
     def item_name(self, index: int) -> str:
         """What a log calls the document, also when it cannot be read."""
         return f"{self.name}#{index}"
