@@ -55,7 +55,10 @@ def test_demo_compares_the_families(demo):
     for record in records.values():
         assert record["final"]
         assert record["tasks"]["vqa"]["n"] > 200
-        assert record["tasks"]["vqa"]["accuracy"] > record["tasks"]["vqa"]["best_constant"]["overall"] - 5
+        # so short a training learns colours (seen: 66 to 75 % where the constant has 28 %), and little else
+        vqa = record["tasks"]["vqa"]
+        color, constant = (scores["per_question_type"]["what color"] for scores in (vqa, vqa["best_constant"]))
+        assert color["accuracy"] > constant["accuracy"] + 15
         assert record["tasks"]["caption"]["metrics"]["CIDEr"] > 0
         assert record["tasks"]["latency"]["levels"]
     page = (demo / "report.html").read_text()
