@@ -85,6 +85,46 @@ def bench(
         show(record)
 
 
+@kernels.command()
+@click.argument("records", nargs=-1, required=True, type=click.Path(path_type=Path))
+def choose(records: Sequence[Path]) -> None:
+    """Let RECORDS of the benchmark decide whose kernels vLLM uses on the GPUs that they were measured on.
+
+    \b
+    nmm-serve kernels choose kernels.json
+    """
+    import json
+
+    from nmm_serve.errors import DataError
+    from nmm_serve.evals.datasets import read_json
+    from nmm_serve.evals.records import write_text
+    from nmm_serve.vllm_plugin.moe_choice import OURS, TABLE, THEIRS, merged, read_table, rows_of
+
+    new = []
+    for path in records:
+        record = read_json(path)
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            raise DataError(f"{path} is no record of `nmm-serve kernels bench -o`; expected the format {FORMAT!r}")
+        rows = rows_of(record)
+        if not rows:
+            raise DataError(
+                f"{path} has no cell that {OURS} and {THEIRS} were both timed in; install vLLM and repeat it"
+            )
+        new += rows
+    table = merged(read_table(), new)
+    write_text(TABLE, json.dumps({"rows": table}, indent=2) + "\n")
+    rows = [
+        [" ".join(str(value) for value in row["layer"].values()), str(row["cells"]), number(row["worst_ratio"]),
+         "nmm-serve" if row["faster"] else "vllm"]
+        for row in table
+    ]  # fmt: skip
+    print_table(
+        "Experts under vLLM",
+        ("gpu, dtype, hidden, intermediate, experts, top-k", "cells", "worst ratio", "kernels"),
+        rows,
+    )
+
+
 FORMAT = "nmm-serve/kernels/1"
 
 
