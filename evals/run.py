@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nmm_serve.engines import open_engine
+from nmm_serve.engines import default_engine, open_engine
 from nmm_serve.engines.base import Engine, Output, Request, SamplingParams
 from nmm_serve.errors import ImageError
 from nmm_serve.evals import caption, latency, vqa
@@ -34,7 +34,7 @@ VQA_VERSION = CAPTION_VERSION = 1
 """Raised with a change in how a task asks that prompt and decoding do not show: kept answers are then asked again."""
 SAMPLE_IMAGES = 12
 _SAMPLE_PIXELS = 224
-_AT_ONCE = {"torch": "batch_size", "vllm": "max_num_seqs", "openai": "concurrency"}
+_AT_ONCE = {"torch": "batch_size", "onnx": "batch_size", "vllm": "max_num_seqs", "openai": "concurrency"}
 """What each engine calls the number of requests that it runs at once."""
 _LEAST_DEFAULT = 16
 """The smallest of their defaults."""
@@ -100,7 +100,7 @@ def open_for(options: Options, model: str, engine: str | None) -> Engine:
 
     Raises EngineError for an unknown engine or one that does not fit the model.
     """
-    kind = engine or ("openai" if model.startswith(("http://", "https://")) else "torch")
+    kind = engine or default_engine(model)
     needed = max(options.load.concurrencies) if "latency" in options.tasks else 1
     settings = {}
     if kind in _AT_ONCE and (options.at_once or needed > _LEAST_DEFAULT):
@@ -210,10 +210,10 @@ def _run_vqa(
     answers = ask(engine, samples, VQA_MAX_TOKENS, options.chunk, progress, kept)
     good = [q for q in data.questions if answers[q.question_id].error is None]
     scored = vqa.score(good, {q.question_id: answers[q.question_id].text.strip() for q in good}) if good else None
-    per_question = {item["question_id"]: item for item in scored.items()} if scored else {}
+    per_question = dict(zip((q.question_id for q in good), scored.accuracies, strict=True)) if scored else {}
     for q in data.questions:
         output = answers[q.question_id]
-        scores = per_question.get(q.question_id, {})
+        accuracy = per_question.get(q.question_id)
         items.append(
             {
                 "task": "vqa",
@@ -225,9 +225,7 @@ def _run_vqa(
                 "answer_type": q.answer_type,
                 "answers": list(q.answers),
                 "prediction": output.text.strip() if output.error is None else None,
-                "accuracy": scores.get("score"),
-                "exact_match": scores.get("exact_match"),
-                "relaxed_match": scores.get("relaxed_match"),
+                "accuracy": None if accuracy is None else round(100 * accuracy, 2),
                 "finish_reason": output.finish_reason,
                 "error": output.error,
             }
@@ -247,8 +245,7 @@ def _run_vqa(
         **vqa.baselines(data.questions),
     }
     numbers = _vqa_numbers(good, scored, options.seed) if scored else None
-    keys = ("accuracy", "interval", "exact_match", "relaxed_accuracy", "per_question_type", "per_answer_type")
-    return publish(section, numbers, keys)
+    return publish(section, numbers, ("accuracy", "interval", "exact_match", "per_question_type", "per_answer_type"))
 
 
 def _vqa_numbers(questions: Sequence[Question], scored: vqa.VQAScore, seed: int) -> dict[str, Any]:
@@ -275,7 +272,6 @@ def _vqa_numbers(questions: Sequence[Question], scored: vqa.VQAScore, seed: int)
         "accuracy": official["overall"],
         "interval": _as_dict(scored.interval(seed=seed)),
         "exact_match": scored.exact_match,
-        "relaxed_accuracy": scored.relaxed_accuracy,
         "per_question_type": groups("per_question_type", "question_type"),
         "per_answer_type": groups("per_answer_type", "answer_type"),
     }
@@ -301,11 +297,9 @@ def _run_caption(
     position = {i.image_id: index for index, i in enumerate(good)}
     for i in data.images:
         output = answers[i.image_id]
-        per_image = tokens = None
+        per_image = None
         if scored is not None and i.image_id in position:
             per_image = {name: values[position[i.image_id]] for name, values in scored.per_image.items()}
-            hypothesis, references = scored.tokens[position[i.image_id]]
-            tokens = {"prediction": hypothesis, "references": references}
         items.append(
             {
                 "task": "caption",
@@ -314,7 +308,6 @@ def _run_caption(
                 "references": list(i.references),
                 "prediction": output.text.strip() if output.error is None else None,
                 "scores": per_image,
-                "tokens": tokens,
                 "finish_reason": output.finish_reason,
                 "error": output.error,
             }

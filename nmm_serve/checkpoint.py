@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nmm_serve.errors import CheckpointError
+from nmm_serve.onnx.manifest import is_exported
 
 if TYPE_CHECKING:
     import torch
@@ -99,6 +100,8 @@ def check_checkpoint(path: str | Path) -> Path:
         raise CheckpointError(f"checkpoint directory {path} does not exist")
     if not path.is_dir():
         raise CheckpointError(f"{path} is a file; give the checkpoint's directory")
+    if is_exported(path):
+        raise CheckpointError(f"{path} is an exported model, not a checkpoint; give the directory it was exported from")
     missing = [name for name in REQUIRED if not (path / name).is_file()]
     if missing:
         raise CheckpointError(f"{path} is not a checkpoint: it lacks {', '.join(missing)}")
@@ -183,7 +186,8 @@ def read_run(path: str | Path) -> dict[str, Any]:
 def checkpoint_hash(path: str | Path) -> str:
     """sha256 over the files that decide what the model says: weights, config, tokenizer, processor."""
     digest = hashlib.sha256()
-    for name in sorted({*HASHED, *(p.name for p in Path(path).glob("*.safetensors"))}):
+    weights = (file.name for pattern in ("*.safetensors", "*.onnx", "*.onnx.data") for file in Path(path).glob(pattern))
+    for name in sorted({*HASHED, *weights}):
         file = Path(path) / name
         if file.is_file():
             digest.update(name.encode())

@@ -201,7 +201,7 @@ def check_extras() -> list[Finding]:
     for name, source, use in (
         ("openai", "nmm-serve[evals]", "ask a server"),
         ("pycocoevalcap", "nmm-serve[evals]", "score captions"),
-        ("onnxruntime", "onnxruntime", "run exported models"),
+        ("onnxruntime", "nmm-serve[onnx]", "run exported models"),
     ):
         number = installed(name)
         if number is None:

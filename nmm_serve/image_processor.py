@@ -9,8 +9,8 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend
 
 from nmm_serve.errors import ImageError
-from nmm_serve.images import load_image, patch_grid
-from nmm_serve.models.vision import MAX_ASPECT_RATIO, patchify
+from nmm_serve.images import fit_to_patches, image_grid
+from nmm_serve.models.vision import patchify
 
 
 class NMMImageProcessor(PilBackend):
@@ -39,19 +39,19 @@ class NMMImageProcessor(PilBackend):
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """Rows and columns of patches that an image of this size gets. Raises ImageError past 16:1."""
-        return patch_grid(width, height, self.max_image_tokens, min(MAX_ASPECT_RATIO, self.max_image_tokens))
+        return image_grid(width, height, self.patch_size, self.image_size)
 
     def patches(self, image: Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:
         """One image -> ([rows*cols, 3*patch_size^2] float32, or uint8 with `raw_pixels`; (rows, cols))."""
-        image = load_image(image)
-        rows, cols = self.grid(*image.size)
-        size = (cols * self.patch_size, rows * self.patch_size)
-        if image.size != size:
-            image = image.resize(size, Image.Resampling.BICUBIC)
-        pixels_HWC = torch.from_numpy(np.array(image))
+        return self.cut(fit_to_patches(image, self.patch_size, self.image_size))
+
+    def cut(self, pixels_HWC: np.ndarray) -> tuple[torch.Tensor, tuple[int, int]]:
+        """The same for pixels that `fit_to_patches` gave."""
+        rows, cols = pixels_HWC.shape[0] // self.patch_size, pixels_HWC.shape[1] // self.patch_size
+        pixels = torch.from_numpy(pixels_HWC)
         if self.raw_pixels:
-            return pixels_HWC.view(rows * cols, -1), (rows, cols)
-        return patchify(pixels_HWC, self.patch_size), (rows, cols)
+            return pixels.view(rows * cols, -1), (rows, cols)
+        return patchify(pixels, self.patch_size), (rows, cols)
 
     def preprocess(self, images, return_tensors=None, **kwargs) -> BatchFeature:
         """One image or a list of images (PIL, or uint8 arrays of shape [H, W, 3] or [H, W])."""

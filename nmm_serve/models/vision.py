@@ -6,11 +6,9 @@ Legend: P patches of all images, R = rows*cols patches of one image, I images, K
 import torch
 from torch import nn
 
+from nmm_serve.images import MAX_ASPECT_RATIO
 from nmm_serve.kernels.image_front import cut_image, image_front, normalise, patch_positions
 from nmm_serve.models.blocks import EncoderLayer, RMSNorm
-
-MAX_ASPECT_RATIO = 16
-"""A longer image is refused: the learned position tables end there."""
 
 
 def max_grid_side(config) -> int:

@@ -1,0 +1,137 @@
+"""Messages and images to token ids and pixels, without torch: the one definition for training and for every engine."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tokenizers import Tokenizer
+
+from nmm_serve.chat import IMAGE, IMAGE_END, IMAGE_START, ImageSlot, Part, Special, message_parts
+from nmm_serve.errors import CheckpointError, PromptError
+from nmm_serve.images import fit_to_patches
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids with one placeholder a patch, and the pixels [H, W, 3] (uint8, whole patches) of each image."""
+
+    input_ids: list[int]
+    pixels: tuple[np.ndarray, ...] = ()
+
+
+class PromptEncoder:
+    """What to do with text, special tokens and images, for a tokenizer that a subclass brings.
+
+    A subclass gives `encode_text`, `encode_marked`, `token_id` and the two sizes.
+    """
+
+    patch_size: int
+    image_size: int
+
+    def encode_text(self, text: str) -> list[int]:
+        """Plain text; characters that spell a special token stay characters."""
+        raise NotImplementedError
+
+    def encode_marked(self, text: str) -> list[int]:
+        """Text in which special tokens are special, after `<|bos|>`."""
+        raise NotImplementedError
+
+    def token_id(self, token: str) -> int:
+        raise NotImplementedError
+
+    def image_ids(self, num_tokens: int) -> list[int]:
+        """Start, one placeholder a patch, end."""
+        return [self.token_id(IMAGE_START), *[self.token_id(IMAGE)] * num_tokens, self.token_id(IMAGE_END)]
+
+    def prompt_of_parts(self, parts: Iterable[Part], images: Sequence[Image.Image] = ()) -> tuple[Prompt, list[int]]:
+        """Encode parts in order, taking images as their slots come up.
+
+        Returns the prompt and, for each part, the position where it ends.
+
+        Raises PromptError when slots and images differ in number.
+        """
+        ids: list[int] = []
+        pixels: list[np.ndarray] = []
+        ends, used = [], 0
+        for part in parts:
+            if isinstance(part, ImageSlot):
+                if used < len(images):
+                    ids += self._add_image(images[used], pixels)
+                used += 1
+            elif isinstance(part, Special):
+                ids.append(self.token_id(str(part)))
+            else:
+                ids += self.encode_text(part)
+            ends.append(len(ids))
+        if used != len(images):
+            raise PromptError(
+                f"the prompt has {used} image places but {len(images)} images were given; give one image for each"
+            )
+        return Prompt(ids, tuple(pixels)), ends
+
+    def prompt_of_chat(self, messages: Iterable[dict[str, Any]], images: Sequence[Image.Image] = ()) -> Prompt:
+        """A chat up to the assistant's turn."""
+        return self.prompt_of_parts([part for _, part in message_parts(messages, True)], images)[0]
+
+    def prompt_of_text(self, text: str, images: Sequence[Image.Image] = ()) -> Prompt:
+        """A raw prompt: `<|image|>` marks each image, special tokens in it are special, `<|bos|>` is put before it."""
+        return self.prompt_of_ids(self.encode_marked(text), images)
+
+    def prompt_of_ids(self, marked: Sequence[int], images: Sequence[Image.Image] = ()) -> Prompt:
+        """Token ids with one `<|image|>` for each image."""
+        placeholder = self.token_id(IMAGE)
+        marks = sum(token == placeholder for token in marked)
+        if marks != len(images):
+            raise PromptError(
+                f"the prompt has {marks} {IMAGE} marks but {len(images)} images were given; give one for each"
+            )
+        ids: list[int] = []
+        pixels: list[np.ndarray] = []
+        for token in marked:
+            ids += [token] if token != placeholder else self._add_image(images[len(pixels)], pixels)
+        return Prompt(ids, tuple(pixels))
+
+    def _add_image(self, image: Image.Image, pixels: list[np.ndarray]) -> list[int]:
+        pixels_HWC = fit_to_patches(image, self.patch_size, self.image_size)
+        pixels.append(pixels_HWC)
+        return self.image_ids(pixels_HWC.shape[0] * pixels_HWC.shape[1] // self.patch_size**2)
+
+
+class TokenizerFile(PromptEncoder):
+    """The encoder of a checkpoint's `tokenizer.json`, by the tokenizers library alone.
+
+    Raises CheckpointError for a file that cannot be read.
+    """
+
+    def __init__(self, folder: str | Path, patch_size: int, image_size: int):
+        file = Path(folder) / "tokenizer.json"
+        self.patch_size, self.image_size = patch_size, image_size
+        try:
+            # two of them: whether special tokens are special is a setting inside the tokenizer
+            self.tokenizer, self._plain = (Tokenizer.from_file(str(file)) for _ in range(2))
+        except Exception as error:  # the library raises Exception itself
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
+        for tokenizer in (self.tokenizer, self._plain):
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+        self._plain.encode_special_tokens = True
+
+    def encode_text(self, text: str) -> list[int]:
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def encode_marked(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text).ids
+
+    def token_id(self, token: str) -> int:
+        found = self.tokenizer.token_to_id(token)
+        if found is None:
+            raise CheckpointError(
+                f"the tokenizer has no token {token}; use the tokenizer that the model was trained with"
+            )
+        return found
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
