@@ -21,7 +21,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def _triton(name: str) -> Callable:
     def launch(*args):
         # imported at the first launch: the package must import where there is no Triton
-        return getattr(importlib.import_module("nmm_serve.kernels.moe_triton"), name)(*args)
+        function = getattr(importlib.import_module("nmm_serve.kernels.moe_triton"), name)
+        with torch.cuda.device_of(args[0]):  # Triton launches on the current device, whatever the tensors'
+            return function(*args)
 
     return launch
 
@@ -133,10 +135,11 @@ def _expert_mlp(
     """y_TD and, in training, what the backward pass needs beside the arguments: the pre-activation [N, 2F] and the
     sort (order_N, offset_E1). These three are empty otherwise."""
     T, K = expert_TK.shape
-    if T == 0 or not (training or T > DECODE_TOKENS or x_TD.device.type == "cpu"):
-        y_TD = torch.empty_like(x_TD)
-        if T:
-            y_TD = decode_down(decode_up(x_TD, gate_up_E2FD, expert_TK, weight_TK), down_EDF, expert_TK)
+    if T == 0:
+        return torch.empty_like(x_TD), *_saved(x_TD, expert_TK, count_BE, gate_up_E2FD, training)
+    on_gpu = x_TD.device.type == "cuda" or INTERPRETED
+    if on_gpu and not training and T <= DECODE_TOKENS:
+        y_TD = decode_down(decode_up(x_TD, gate_up_E2FD, expert_TK, weight_TK), down_EDF, expert_TK)
         return y_TD, *_saved(x_TD, expert_TK, count_BE, gate_up_E2FD, training)
     order_N, offset_E1 = sort_slots(expert_TK, count_BE)
     act_NF, pre_N2F = up_proj(x_TD, gate_up_E2FD, order_N, offset_E1, K, training)

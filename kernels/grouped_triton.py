@@ -1,0 +1,239 @@
+"""Triton kernels for many tokens: grouped matrix products over rows in expert order.
+
+A tile is BM rows of one expert. How many tiles there are is known to the device alone: the grid has the most there can
+be, and a program past the last tile finds that out from the offsets and ends. Programs loop over tiles, so a grid of
+one program a processor makes the same kernel persistent. Each output element is written by one program: no atomics.
+
+Weights are read through tensor descriptors (TMA on Hopper and later) where TMA holds, else through pointers.
+
+Legend: `moe_reference.py`; M, N, L a tile's rows, columns and depth; R rows of a tile; EP experts padded.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_weight(w, e, row, col, rows, cols, BR: tl.constexpr, BC: tl.constexpr, TMA: tl.constexpr):
+    """w[e, row : row + BR, col : col + BC]; zero past the end."""
+    if TMA:
+        return w.load([e, row, col]).reshape(BR, BC)
+    else:
+        r_R, c_C = row + tl.arange(0, BR), col + tl.arange(0, BC)
+        address = (e * rows + r_R[:, None]).to(tl.int64) * cols + c_C[None, :]
+        return tl.load(w + address, mask=(r_R < rows)[:, None] & (c_C < cols)[None, :], other=0.0)
+
+
+@triton.jit
+def load_rows(a, row, col, end, cols, BR: tl.constexpr, BC: tl.constexpr, TMA: tl.constexpr):
+    """a[row : row + BR, col : col + BC]. Rows past `end` are another expert's or zero, and never used."""
+    if TMA:
+        return a.load([row, col])
+    else:
+        r_R, c_C = row + tl.arange(0, BR), col + tl.arange(0, BC)
+        mask = (r_R < end)[:, None] & (c_C < cols)[None, :]
+        return tl.load(a + r_R[:, None].to(tl.int64) * cols + c_C[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def gather_rows(a, index_M, real_M, col, cols, BC: tl.constexpr):
+    """a[index_M, col : col + BC]; zero where not real."""
+    c_C = col + tl.arange(0, BC)
+    address = index_M[:, None].to(tl.int64) * cols + c_C[None, :]
+    return tl.load(a + address, mask=real_M[:, None] & (c_C < cols)[None, :], other=0.0)
+
+
+@triton.jit
+def tiles_of_experts(offset, E, BM: tl.constexpr, EP: tl.constexpr):
+    """First row and number of rows of each expert, and its last tile + 1 in the list of all tiles."""
+    e_E = tl.arange(0, EP)
+    start_E = tl.load(offset + e_E, mask=e_E < E, other=0)
+    length_E = tl.load(offset + e_E + 1, mask=e_E < E, other=0) - start_E
+    last_E = tl.cumsum((length_E + BM - 1) // BM, 0)
+    return start_E, length_E, last_E
+
+
+@triton.jit
+def find_tile(tile_m, start_E, length_E, last_E, BM: tl.constexpr, EP: tl.constexpr):
+    """Expert, first row and end row of tile `tile_m`."""
+    e = tl.sum((last_E <= tile_m).to(tl.int32), 0)
+    mine_E = tl.arange(0, EP) == e
+    start = tl.sum(tl.where(mine_E, start_E, 0), 0)
+    end = start + tl.sum(tl.where(mine_E, length_E, 0), 0)
+    first_tile = tl.sum(tl.where(mine_E, last_E - (length_E + BM - 1) // BM, 0), 0)
+    return e, start + (tile_m - first_tile) * BM, end
+
+
+@triton.jit
+def swizzle(tile, num_m, num_n, GROUP_M: tl.constexpr):
+    """Tiles in groups of GROUP_M rows, so that programs that run together share weights and rows in L2."""
+    group = tile // (GROUP_M * num_n)
+    first_m = group * GROUP_M
+    size = tl.minimum(num_m - first_m, GROUP_M)
+    inside = tile - group * GROUP_M * num_n
+    return first_m + inside % size, inside // size
+
+
+@triton.jit
+def up_kernel(
+    x, w, order, offset, act, pre, E, D, F,
+    K: tl.constexpr, EP: tl.constexpr, KEEP_PRE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """Gather in the load, gate and up as two accumulators over the same rows, SwiGLU in the epilogue."""
+    start_E, length_E, last_E = tiles_of_experts(offset, E, BM, EP)
+    num_m, num_n = tl.max(last_E, 0), tl.cdiv(F, BN)
+    for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
+        tile_m, tile_n = swizzle(tile, num_m, num_n, GROUP_M)
+        e, row, end = find_tile(tile_m, start_E, length_E, last_E, BM, EP)
+        r_M = row + tl.arange(0, BM)
+        real_M = r_M < end
+        token_M = tl.load(order + r_M, mask=real_M, other=0) // K
+        n = tile_n * BN
+        gate_MN = tl.zeros((BM, BN), tl.float32)
+        up_MN = tl.zeros((BM, BN), tl.float32)
+        for d in range(0, D, BK):
+            x_ML = gather_rows(x, token_M, real_M, d, D, BK)
+            # a gate tile that runs past F reads rows of `up`: they land in columns that are not stored
+            gate_NL = load_weight(w, e, n, d, 2 * F, D, BN, BK, TMA)
+            up_NL = load_weight(w, e, F + n, d, 2 * F, D, BN, BK, TMA)
+            gate_MN = tl.dot(x_ML, gate_NL.T, gate_MN, input_precision=PRECISION)
+            up_MN = tl.dot(x_ML, up_NL.T, up_MN, input_precision=PRECISION)
+        n_N = n + tl.arange(0, BN)
+        real_MN = real_M[:, None] & (n_N < F)[None, :]
+        if KEEP_PRE:
+            line = pre + row.to(tl.int64) * (2 * F)
+            inside_MN = tl.arange(0, BM)[:, None] * (2 * F) + n_N[None, :]
+            tl.store(line + inside_MN, gate_MN.to(pre.dtype.element_ty), mask=real_MN)
+            tl.store(line + F + inside_MN, up_MN.to(pre.dtype.element_ty), mask=real_MN)
+        act_MN = gate_MN / (1.0 + tl.exp(-gate_MN)) * up_MN
+        # 64 bits for the tile's first row, 32 inside it: 64-bit addresses of every element would spill
+        inside_MN = tl.arange(0, BM)[:, None] * F + n_N[None, :]
+        tl.store(act + row.to(tl.int64) * F + inside_MN, act_MN.to(act.dtype.element_ty), mask=real_MN)
+
+
+@triton.jit
+def down_kernel(
+    a, w, order, offset, weight, out, E, D, F,
+    EP: tl.constexpr, TRANSPOSED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """Sorted rows a [N, F] through w_e, written to their slots, one row each: out [N, D].
+
+    With w [E, D, F] this is the down projection, times the router's weight. TRANSPOSED, w is [E, F, D]: the input's
+    gradient, without a weight.
+    """
+    start_E, length_E, last_E = tiles_of_experts(offset, E, BM, EP)
+    num_m, num_n = tl.max(last_E, 0), tl.cdiv(D, BN)
+    for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
+        tile_m, tile_n = swizzle(tile, num_m, num_n, GROUP_M)
+        e, row, end = find_tile(tile_m, start_E, length_E, last_E, BM, EP)
+        n = tile_n * BN
+        acc_MN = tl.zeros((BM, BN), tl.float32)
+        for f in range(0, F, BK):
+            a_ML = load_rows(a, row, f, end, F, BM, BK, TMA)
+            if TRANSPOSED:
+                w_LN = load_weight(w, e, f, n, F, D, BK, BN, TMA)
+            else:
+                w_LN = load_weight(w, e, n, f, D, F, BN, BK, TMA).T
+            acc_MN = tl.dot(a_ML, w_LN, acc_MN, input_precision=PRECISION)
+        r_M = row + tl.arange(0, BM)
+        n_N = n + tl.arange(0, BN)
+        real_M = r_M < end
+        slot_M = tl.load(order + r_M, mask=real_M, other=0)
+        if not TRANSPOSED:
+            acc_MN *= tl.load(weight + slot_M, mask=real_M, other=0.0)[:, None]
+        address_MN = out + slot_M[:, None].to(tl.int64) * D + n_N[None, :]
+        tl.store(address_MN, acc_MN.to(out.dtype.element_ty), mask=real_M[:, None] & (n_N < D)[None, :])
+
+
+@triton.jit
+def down_backward_kernel(
+    dy, w, pre, order, offset, weight, dpre, weighted_act, dweight, E, D, F,
+    K: tl.constexpr, EP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the activation, and from it in the epilogue those of the pre-activation and of the router's weight.
+
+    The latter is a sum over F, of which each tile of columns has a part: dweight is [N, tiles], to be summed.
+    """
+    start_E, length_E, last_E = tiles_of_experts(offset, E, BM, EP)
+    num_m, num_n = tl.max(last_E, 0), tl.cdiv(F, BN)
+    for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
+        tile_m, tile_n = swizzle(tile, num_m, num_n, GROUP_M)
+        e, row, end = find_tile(tile_m, start_E, length_E, last_E, BM, EP)
+        r_M = row + tl.arange(0, BM)
+        real_M = r_M < end
+        slot_M = tl.load(order + r_M, mask=real_M, other=0)
+        token_M = slot_M // K
+        n = tile_n * BN
+        dact_MN = tl.zeros((BM, BN), tl.float32)
+        for d in range(0, D, BK):
+            dy_ML = gather_rows(dy, token_M, real_M, d, D, BK)
+            w_LN = load_weight(w, e, d, n, D, F, BK, BN, TMA)
+            dact_MN = tl.dot(dy_ML, w_LN, dact_MN, input_precision=PRECISION)
+        n_N = n + tl.arange(0, BN)
+        real_MN = real_M[:, None] & (n_N < F)[None, :]
+        inside_MN = tl.arange(0, BM)[:, None] * (2 * F) + n_N[None, :]
+        line = row.to(tl.int64) * (2 * F)
+        gate_MN = load_rows(pre, row, n, end, 2 * F, BM, BN, TMA).to(tl.float32)
+        up_MN = load_rows(pre, row, F + n, end, 2 * F, BM, BN, TMA).to(tl.float32)
+        sigmoid_MN = 1.0 / (1.0 + tl.exp(-gate_MN))
+        silu_MN = gate_MN * sigmoid_MN
+        part_M = tl.sum(tl.where(real_MN, dact_MN * silu_MN * up_MN, 0.0), 1)
+        tl.store(dweight + slot_M.to(tl.int64) * num_n + tile_n, part_M, mask=real_M)
+        weight_M = tl.load(weight + slot_M, mask=real_M, other=0.0)
+        dact_MN *= weight_M[:, None]
+        tl.store(dpre + line + F + inside_MN, (dact_MN * silu_MN).to(dpre.dtype.element_ty), mask=real_MN)
+        dgate_MN = dact_MN * up_MN * (sigmoid_MN + silu_MN * (1.0 - sigmoid_MN))
+        tl.store(dpre + line + inside_MN, dgate_MN.to(dpre.dtype.element_ty), mask=real_MN)
+        wact_MN = silu_MN * up_MN * weight_M[:, None]
+        inside_MN = tl.arange(0, BM)[:, None] * F + n_N[None, :]
+        line = weighted_act + row.to(tl.int64) * F
+        tl.store(line + inside_MN, wact_MN.to(weighted_act.dtype.element_ty), mask=real_MN)
+
+
+@triton.jit
+def weight_grad_kernel(
+    a, b, order, offset, out, E, A, B,
+    K: tl.constexpr, GATHER_A: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """out[e] = a_e^T b_e, [A, B], summed over the rows of expert e.
+
+    One of the two lies in sorted order; the other is gathered from the tokens, with zeros past the expert's last row.
+    """
+    num_m, num_n = tl.cdiv(A, BM), tl.cdiv(B, BN)
+    for tile in range(tl.program_id(0), E * num_m * num_n, tl.num_programs(0)):
+        e = tile // (num_m * num_n)
+        tile_m, tile_n = swizzle(tile % (num_m * num_n), num_m, num_n, GROUP_M)
+        m, n = tile_m * BM, tile_n * BN
+        start, end = tl.load(offset + e), tl.load(offset + e + 1)
+        acc_MN = tl.zeros((BM, BN), tl.float32)
+        for row in range(start, end, BK):
+            r_L = row + tl.arange(0, BK)
+            real_L = r_L < end
+            token_L = tl.load(order + r_L, mask=real_L, other=0) // K
+            if GATHER_A:
+                a_LM = gather_rows(a, token_L, real_L, m, A, BM)
+                b_LN = load_rows(b, row, n, end, B, BK, BN, TMA)
+            else:
+                a_LM = load_rows(a, row, m, end, A, BK, BM, TMA)
+                b_LN = gather_rows(b, token_L, real_L, n, B, BN)
+            acc_MN = tl.dot(a_LM.T, b_LN, acc_MN, input_precision=PRECISION)
+        m_M, n_N = m + tl.arange(0, BM), n + tl.arange(0, BN)
+        address_MN = out + (e.to(tl.int64) * A + m_M[:, None]) * B + n_N[None, :]
+        tl.store(address_MN, acc_MN.to(out.dtype.element_ty), mask=(m_M < A)[:, None] & (n_N < B)[None, :])
+
+
+@triton.jit(do_not_specialize=["T"])
+def combine_kernel(slot, out, T, D, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """Sum over the K slots of a token, in order."""
+    t_M, n_N = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
+    mask_MN = (t_M < T)[:, None] & (n_N < D)[None, :]
+    sum_MN = tl.zeros((BM, BN), tl.float32)
+    for k in tl.static_range(K):
+        address_MN = slot + (t_M[:, None].to(tl.int64) * K + k) * D + n_N[None, :]
+        sum_MN += tl.load(address_MN, mask=mask_MN, other=0.0).to(tl.float32)
+    address_MN = out + t_M[:, None].to(tl.int64) * D + n_N[None, :]
+    tl.store(address_MN, sum_MN.to(out.dtype.element_ty), mask=mask_MN)

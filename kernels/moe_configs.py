@@ -1,0 +1,54 @@
+"""Which tile each matrix product runs with: a table by kernel, sizes and regime, `moe_configs.json`.
+
+A regime is how many rows an expert has to expect, in few steps, so that a change in the number of tokens seldom
+means another kernel and never a new compilation for each number.
+"""
+
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TABLE = Path(__file__).with_name("moe_configs.json")
+FEW_ROWS = 128
+"""Up to so many rows an expert, a tile of 128 rows would be mostly empty."""
+
+Config = dict[str, int]
+
+
+@lru_cache
+def table() -> dict[str, Any]:
+    return json.loads(TABLE.read_text())
+
+
+def decode_regime(tokens: int, dtype: torch.dtype) -> str:
+    return "fp32" if dtype == torch.float32 else "16" if tokens <= 16 else "64"
+
+
+def grouped_regime(slots: int, num_experts: int, dtype: torch.dtype) -> str:
+    return "fp32" if dtype == torch.float32 else "few" if slots <= FEW_ROWS * num_experts else "many"
+
+
+@lru_cache(maxsize=4096)
+def config(kernel: str, hidden: int, intermediate: int, regime: str, device: str) -> Config:
+    """The measured tile where there is one for just this device, sizes and regime; else the default of the regime."""
+    wanted = {"device": device, "kernel": kernel, "hidden": hidden, "intermediate": intermediate, "regime": regime}
+    for entry in table()["tuned"]:
+        if all(entry[key] == value for key, value in wanted.items()):
+            return entry["config"]
+    return table()["default"][kernel][regime]
+
+
+def every_config() -> Iterator[tuple[str, str, Config]]:
+    """Each (kernel, regime, config) of the table once."""
+    seen = set()
+    entries = [(k, r, c) for k, regimes in table()["default"].items() for r, c in regimes.items()]
+    entries += [(e["kernel"], e["regime"], e["config"]) for e in table()["tuned"]]
+    for kernel, regime, values in entries:
+        key = (kernel, regime == "fp32", *sorted(values.items()))
+        if key not in seen:
+            seen.add(key)
+            yield kernel, regime, values

@@ -1,0 +1,31 @@
+"""The MoE kernels against fp64. Run by test_moe_triton.py in a process where Triton interprets: it decides that when it
+is imported. No bf16 here: the interpreter computes it wrong."""
+
+import torch
+from moe_cases import CASES, check
+
+from nmm_serve.kernels import moe_ops
+from nmm_serve.kernels.moe import expert_mlp, moe_mlp, route
+
+assert moe_ops.INTERPRETED
+for dtype in (torch.float32, torch.float16):
+    for case in CASES:
+        check(case, dtype, "cpu")
+
+# a router that has gone wrong gives wrong numbers, not wild addresses, and says so by NaN
+logits = torch.full((3, 4), float("nan"))
+routing = route(logits, 2)
+assert ((routing.expert_TK >= 0) & (routing.expert_TK < 4)).all()
+assert routing.weight_TK.isnan().all()
+x, gate_up, down = torch.ones(3, 8), torch.ones(4, 6, 8), torch.ones(4, 8, 3)
+assert moe_mlp(x, logits, gate_up, down, top_k=2)[0].isnan().all()
+
+# experts that something else has chosen are counted by a kernel of their own
+torch.manual_seed(0)
+logits, x = torch.randn(70, 4), torch.randn(70, 8)
+routing = route(logits, 3)
+assert torch.equal(
+    expert_mlp(x, routing.weight_TK, routing.expert_TK, gate_up, down),
+    expert_mlp(x, routing.weight_TK, routing.expert_TK, gate_up, down, count_BE=routing.count_BE),
+)
+print("ok")
