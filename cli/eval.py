@@ -8,6 +8,7 @@ import click
 
 from nmm_serve.cli.errors import Group, ItemsFailed
 from nmm_serve.cli.render import note, print_json, print_table, progress_bars, quiet_stdout
+from nmm_serve.cli.score import score
 
 _FILE = click.Path(path_type=Path)
 _SHOWN_FAILURES = 5
@@ -16,6 +17,9 @@ _SHOWN_FAILURES = 5
 @click.group(cls=Group)
 def main() -> None:
     """Evaluate native multimodal models: VQA, captions, latency; compare them; write a report."""
+
+
+main.add_command(score)
 
 
 def _evaluation(command: Callable[..., None]) -> Callable[..., None]:

@@ -19,8 +19,8 @@ def stderr_console() -> Console:
 
 
 def note(message: str) -> None:
-    """One line for the reader on stderr, so that stdout stays clean for `--json`."""
-    stderr_console().print(Text(message))
+    """One line for the reader on stderr, so that stdout stays clean for `--json`. Only a terminal folds it."""
+    stderr_console().print(Text(message), soft_wrap=True)
 
 
 @contextmanager
@@ -39,7 +39,12 @@ def quiet_stdout() -> Iterator[None]:
 
 def print_json(document: Any) -> None:
     """Exactly one JSON document on stdout. Refuses NaN and infinity, which are not JSON."""
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # half a surrogate pair, or a terminal that knows ASCII only
+        text = json.dumps(document, indent=2, allow_nan=False)
+    click.echo(text)
 
 
 @contextmanager

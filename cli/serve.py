@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from nmm_serve.cli.errors import Group
+from nmm_serve.cli.kernels import kernels
 from nmm_serve.cli.render import note, print_json, print_table, quiet_stdout, stderr_console
 
 _DTYPES = click.Choice(["auto", "float32", "bfloat16", "float16"])
@@ -25,6 +26,9 @@ def main() -> None:
     nmm-serve launch ckpt/
     nmm-serve export ckpt/ --onnx exported/
     """
+
+
+main.add_command(kernels)
 
 
 @main.command(context_settings={"ignore_unknown_options": True})

@@ -6,22 +6,23 @@
 import contextlib
 import importlib.util
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from nmm_serve.errors import DataError, EngineError, NMMError
-from nmm_serve.evals import stats
+from nmm_serve.errors import ConfigError, DataError, EngineError, NMMError, unknown_name
+from nmm_serve.evals import spice, stats
+from nmm_serve.evals.annotations import Id, References
 from nmm_serve.evals.cider import CiderResampler
-from nmm_serve.evals.datasets import CaptionedImage, Id
-from nmm_serve.evals.meteor import meteor
+from nmm_serve.evals.meteor import Meteor
 from nmm_serve.evals.stats import Interval
-from nmm_serve.evals.tokenizer import JAVA_HINT, FallbackTokenizer, PTBTokenizer, Tokenizer, find_java, open_tokenizer
+from nmm_serve.evals.tokenizer import FallbackTokenizer, PTBTokenizer, Tokenizer, open_tokenizer
 
-METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr")
-_BLEU = METRICS[:4]
+BLEU = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4")
+METRICS = (*BLEU, "METEOR", "ROUGE_L", "CIDEr")
+"""Those that are always asked for. SPICE joins them where its models are on disk."""
 
 DEFINITIONS = {
     "Bleu_1": "corpus BLEU with n-grams up to 1, brevity penalty by the closest reference; 0 to 1",
@@ -31,6 +32,7 @@ DEFINITIONS = {
     "METEOR": "METEOR 1.5, English, corpus score; 0 to 1",
     "ROUGE_L": "mean over images of ROUGE-L (beta 1.2, best precision and best recall over references); 0 to 1",
     "CIDEr": "CIDEr-D, document frequencies from the evaluated references (depends on the set); 0 to 10",
+    "SPICE": "mean over images of SPICE's F-score of scene graph tuples; 0 to 1",
 }
 
 
@@ -44,21 +46,69 @@ class CaptionScore:
     per_image: dict[str, list[float]]
     intervals: dict[str, Interval | None]
     tokenizer: str
+    tokens: tuple[tuple[str, tuple[str, ...]], ...]
+    """Of each image the caption and its references as they were compared: tokens, separated by spaces."""
+    no_java: str | None
+    """Why Java's tokenizer was not used."""
     outside_fallback: int | None
     """With the fallback tokenizer: captions outside the range on which it is proven equal to PTBTokenizer."""
 
+    def items(self) -> list[dict[str, Any]]:
+        """The scores of each image."""
+        return [
+            {"image_id": image_id, **{name: values[index] for name, values in self.per_image.items()}}
+            for index, image_id in enumerate(self.image_ids)
+        ]
+
+
+def default_metrics() -> tuple[str, ...]:
+    return METRICS if spice.missing() else (*METRICS, "SPICE")
+
+
+def chosen_metrics(names: Sequence[str]) -> tuple[str, ...]:
+    """The metrics that a user named, in whatever case, in their usual order.
+
+    Raises ConfigError for an unknown one, EngineError for SPICE without its models.
+    """
+    by_low = {name.lower(): name for name in (*METRICS, "SPICE")}
+    for name in names:
+        if name.strip().lower() not in by_low:
+            raise ConfigError(unknown_name("caption metric", name.strip(), by_low.values()))
+    chosen = {by_low[name.strip().lower()] for name in names}
+    if "SPICE" in chosen and (reason := spice.missing()):
+        raise EngineError(reason)
+    return tuple(name for name in by_low.values() if name in chosen)
+
+
+def remarks(scored: CaptionScore) -> list[str]:
+    """What a reader of these scores must know."""
+    lines = [f"{name} could not be had: {reason}" for name, reason in scored.reasons.items()]
+    if scored.no_java is not None:
+        total = sum(1 + len(references) for _, references in scored.tokens)
+        lines.append(
+            f"tokens come from the {scored.tokenizer} ({scored.no_java}); {scored.outside_fallback} of {total} texts "
+            "lie outside the range on which the two are proven equal"
+        )
+    if set(scored.overall) == set(METRICS) and (reason := spice.missing()):
+        lines.append(reason)
+    return lines
+
 
 def score(
-    images: Sequence[CaptionedImage],
+    images: Sequence[References],
     predictions: Mapping[Id, str],
     *,
+    metrics: Sequence[str] | None = None,
     tokenizer: Tokenizer | None = None,
     seed: int = 0,
     resamples: int = stats.RESAMPLES,
 ) -> CaptionScore:
     """Score one caption for every image. `tokenizer=None` takes PTBTokenizer where Java runs, else the fallback.
 
-    Raises DataError when a prediction is missing or belongs to no image, NMMError without pycocoevalcap.
+    `metrics` default to `default_metrics()`; with `resamples=0` there are no intervals.
+
+    Raises DataError when a prediction is missing or belongs to no image, EngineError when Java's tokenizer fails,
+    NMMError without pycocoevalcap.
     """
     missing = [image.image_id for image in images if image.image_id not in predictions]
     extra = set(predictions) - {image.image_id for image in images}
@@ -69,96 +119,121 @@ def score(
         )
     if importlib.util.find_spec("pycocoevalcap") is None:
         raise NMMError("caption scores need pycocoevalcap; pip install 'nmm-serve[evals]'")
+    metrics = default_metrics() if metrics is None else metrics
     tokenizer = tokenizer or open_tokenizer()
-    # One list order throughout: pycocoevalcap's scorers compare keys as sets but answer in dict order.
+    # One list order throughout: pycocoevalcap's scorers compare keys as sets but answer in dict order. Captions and
+    # references are tokenised apart, as it does: the tokenizer looks across line ends ("no." before "2 dogs").
     raw_hypotheses = [predictions[image.image_id] for image in images]
     raw_references = [reference for image in images for reference in image.references]
-    tokens = tokenizer.tokenize(raw_hypotheses + raw_references)
-    hypotheses, rest = tokens[: len(images)], iter(tokens[len(images) :])
-    references = [[next(rest) for _ in image.references] for image in images]
+    hypotheses, rest = tokenizer.tokenize(raw_hypotheses), iter(tokenizer.tokenize(raw_references))
+    references = [tuple(next(rest) for _ in image.references) for image in images]
 
-    overall: dict[str, float | None] = {}
-    reasons: dict[str, str] = {}
-    per_image: dict[str, list[float]] = {}
-    with contextlib.redirect_stdout(io.StringIO()):  # the scorers print
-        _score_bleu(hypotheses, references, overall, per_image)
-        _score_mean("ROUGE_L", hypotheses, references, overall, per_image)
-        _score_mean("CIDEr", hypotheses, references, overall, per_image)
-        if not isinstance(tokenizer, PTBTokenizer) or find_java() is None:
-            overall["METEOR"], reasons["METEOR"] = None, f"no Java on this machine; {JAVA_HINT}"
-        else:
-            try:
-                overall["METEOR"], per_image["METEOR"] = meteor(hypotheses, references)
-            except EngineError as error:
-                overall["METEOR"], reasons["METEOR"] = None, str(error)
+    found = _Found(metrics, hypotheses, references)
+    found.add(tokenizer)
     outside = None
     if isinstance(tokenizer, FallbackTokenizer):
         outside = sum(not tokenizer.covers(caption) for caption in raw_hypotheses + raw_references)
     return CaptionScore(
         image_ids=tuple(image.image_id for image in images),
-        overall={name: overall[name] for name in METRICS},
-        reasons=reasons,
-        per_image=per_image,
-        intervals=_intervals(hypotheses, references, per_image["ROUGE_L"], seed, resamples),
+        overall={name: found.overall[name] for name in metrics},
+        reasons=found.reasons,
+        per_image={name: found.per_image[name] for name in metrics if name in found.per_image},
+        intervals=found.intervals(seed, resamples),
         tokenizer=tokenizer.name,
+        tokens=tuple(zip(hypotheses, references, strict=True)),
+        no_java=tokenizer.reason if isinstance(tokenizer, FallbackTokenizer) else None,
         outside_fallback=outside,
     )
 
 
-def _as_dicts(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[dict[int, Any], dict[int, Any]]:
-    return {i: list(refs) for i, refs in enumerate(references)}, {i: [h] for i, h in enumerate(hypotheses)}
+class _Found:
+    """The scores as they come, on tokenised captions."""
 
+    def __init__(self, metrics: Sequence[str], hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+        self._metrics = metrics
+        self._hypotheses, self._references = hypotheses, references
+        self.overall: dict[str, float | None] = {}
+        self.reasons: dict[str, str] = {}
+        self.per_image: dict[str, list[float]] = {}
 
-def _score_bleu(
-    hypotheses: Sequence[str],
-    references: Sequence[Sequence[str]],
-    overall: dict[str, float | None],
-    per_image: dict[str, list[float]],
-) -> None:
-    from pycocoevalcap.bleu.bleu import Bleu
+    def add(self, tokenizer: Tokenizer) -> None:
+        """Everything asked for. Java loads METEOR's tables while the metrics in Python are computed."""
+        java_path = tokenizer.java_path if isinstance(tokenizer, PTBTokenizer) else None
+        for name in ("METEOR", "SPICE"):
+            if name in self._metrics and java_path is None:
+                self._refuse(name, tokenizer.reason if isinstance(tokenizer, FallbackTokenizer) else "it needs Java")
+        with contextlib.ExitStack() as stack:
+            running = None
+            if "METEOR" in self._metrics and java_path is not None:
+                try:
+                    running = stack.enter_context(Meteor(java_path, self._hypotheses, self._references))
+                except EngineError as error:
+                    self._refuse("METEOR", str(error))
+            self._add_python_metrics()
+            if running is not None:
+                try:
+                    self._keep("METEOR", *running.scores())
+                except EngineError as error:
+                    self._refuse("METEOR", str(error))
+        if "SPICE" in self._metrics and java_path is not None:
+            try:
+                self._keep("SPICE", *spice.spice(java_path, self._hypotheses, self._references))
+            except EngineError as error:
+                self._refuse("SPICE", str(error))
 
-    totals, lists = Bleu(4).compute_score(*_as_dicts(hypotheses, references), verbose=0)
-    for name, total, values in zip(_BLEU, totals, lists, strict=True):
-        overall[name], per_image[name] = float(total), [float(v) for v in values]
+    def _add_python_metrics(self) -> None:
+        from pycocoevalcap.bleu.bleu import Bleu
+        from pycocoevalcap.cider.cider import Cider
+        from pycocoevalcap.rouge.rouge import Rouge
 
+        gts = {i: list(refs) for i, refs in enumerate(self._references)}
+        res = {i: [hypothesis] for i, hypothesis in enumerate(self._hypotheses)}
+        with contextlib.redirect_stdout(io.StringIO()):  # they print
+            if set(BLEU) & set(self._metrics):
+                totals, lists = Bleu(4).compute_score(gts, res, verbose=0)
+                for name, total, values in zip(BLEU, totals, lists, strict=True):
+                    self._keep(name, total, values)
+            for name, scorer in (("ROUGE_L", Rouge), ("CIDEr", Cider)):
+                if name in self._metrics:
+                    self._keep(name, *scorer().compute_score(gts, res))
 
-def _score_mean(
-    name: str,
-    hypotheses: Sequence[str],
-    references: Sequence[Sequence[str]],
-    overall: dict[str, float | None],
-    per_image: dict[str, list[float]],
-) -> None:
-    from pycocoevalcap.cider.cider import Cider
-    from pycocoevalcap.rouge.rouge import Rouge
+    def _refuse(self, name: str, reason: str) -> None:
+        self.overall[name], self.reasons[name] = None, reason
 
-    scorer = {"ROUGE_L": Rouge, "CIDEr": Cider}[name]()
-    total, values = scorer.compute_score(*_as_dicts(hypotheses, references))
-    overall[name], per_image[name] = float(total), [float(v) for v in values]
+    def _keep(self, name: str, total: float, values: Sequence[float]) -> None:
+        self.overall[name], self.per_image[name] = float(total), [float(value) for value in values]
 
+    def intervals(self, seed: int, resamples: int) -> dict[str, Interval | None]:
+        """BLEU and CIDEr are recomputed for every resample of the images; ROUGE-L and SPICE are means.
 
-def _intervals(
-    hypotheses: Sequence[str], references: Sequence[Sequence[str]], rouge: Sequence[float], seed: int, resamples: int
-) -> dict[str, Interval | None]:
-    """BLEU and CIDEr are recomputed for every resample of the images; ROUGE-L is a mean.
-
-    METEOR has none: its corpus score comes out of Java and is not a mean of the per-image scores.
-    """
-    num_images = len(hypotheses)
-    found: dict[str, Interval | None] = dict.fromkeys(METRICS)
-    if num_images < 2:
+        METEOR has none: its corpus score comes out of Java and is not a mean of the per-image scores.
+        """
+        num_images = len(self._hypotheses)
+        found: dict[str, Interval | None] = dict.fromkeys(self._metrics)
+        if num_images < 2 or not resamples:
+            return found
+        if set(BLEU) & set(self._metrics):
+            bleu_R4 = stats.bootstrap(bleu_statistic(self._hypotheses, self._references), num_images, resamples, seed)
+            for order, name in enumerate(BLEU):
+                if name in self._metrics:
+                    found[name] = stats.percentile_interval(bleu_R4[:, order], num_images, "image")
+        for name in ("ROUGE_L", "SPICE"):
+            if name in self.per_image:
+                found[name] = stats.mean_interval(
+                    self.per_image[name], range(num_images), seed=seed, resamples=resamples
+                )
+        if "CIDEr" in self._metrics:
+            cider = CiderResampler(self._hypotheses, self._references)
+            cider_R = stats.bootstrap(cider.scores, num_images, resamples, seed)
+            found["CIDEr"] = stats.percentile_interval(cider_R, num_images, "image")
         return found
-    bleu_R4 = stats.bootstrap(_bleu_statistic(hypotheses, references), num_images, resamples, seed)
-    for order, name in enumerate(_BLEU):
-        found[name] = stats.percentile_interval(bleu_R4[:, order], num_images, "image")
-    found["ROUGE_L"] = stats.mean_interval(rouge, range(num_images), seed=seed, resamples=resamples)
-    cider_R = stats.bootstrap(CiderResampler(hypotheses, references).scores, num_images, resamples, seed)
-    found["CIDEr"] = stats.percentile_interval(cider_R, num_images, "image")
-    return found
 
 
-def _bleu_statistic(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Any:
-    """Corpus BLEU-1..4 of resamples from per-image counts: correct and possible n-grams, lengths."""
+def bleu_statistic(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Callable[[stats.Array], Any]:
+    """Corpus BLEU-1..4 of resamples from per-image counts: correct and possible n-grams, lengths.
+
+    The statistic maps counts_RI to values_R4, for `stats.bootstrap`.
+    """
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 
     scorer = BleuScorer(n=4)

@@ -1,19 +1,24 @@
 """Read evaluation sets: COCO captions and VQA v2, from one folder or from files named one by one.
 
 A folder holds `images/{split}/`, `captions_{split}.json`, `vqa_{split}_questions.json`, `vqa_{split}_annotations.json`.
-Everything is checked when it is read: a file that does not fit together is a DataError here, not a wrong score later.
+What the files hold is checked by `annotations.py` when it is read; here every image's file is found.
 """
 
 import hashlib
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nmm_serve.errors import DataError
-
-Id = int | str
+from nmm_serve.evals.annotations import (
+    AnsweredQuestion,
+    Id,
+    References,
+    read_images,
+    read_questions,
+    read_references,
+)
 
 
 @dataclass(frozen=True)
@@ -27,26 +32,18 @@ class Files:
     split: str | None = None
 
 
-@dataclass(frozen=True)
-class Question:
-    """One VQA v2 question with its answers (ten in VQA v2), in the annotators' order."""
+@dataclass(frozen=True, kw_only=True)
+class Question(AnsweredQuestion):
+    """A question that can be asked."""
 
-    question_id: Id
-    image_id: Id
-    text: str
     image: Path
-    answers: tuple[str, ...]
-    question_type: str
-    answer_type: str
 
 
-@dataclass(frozen=True)
-class CaptionedImage:
-    """One image with its reference captions."""
+@dataclass(frozen=True, kw_only=True)
+class CaptionedImage(References):
+    """An image that can be captioned."""
 
-    image_id: Id
     image: Path
-    references: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -117,42 +114,9 @@ def load_vqa(files: Files, limit: int | None = None) -> VQASet:
     """
     questions_file = _need(files.questions, "questions", "vqa_{split}_questions.json", files)
     annotations_file = _need(files.annotations, "annotations", "vqa_{split}_annotations.json", files)
-    asked = _records(questions_file, "questions", ("question_id", "image_id", "question"))
-    annotated = _by_id(
-        _records(
-            annotations_file, "annotations", ("question_id", "image_id", "answers", "question_type", "answer_type")
-        ),
-        "question_id",
-        annotations_file,
-    )
-    _by_id(asked, "question_id", questions_file)
-    missing = [q["question_id"] for q in asked if q["question_id"] not in annotated]
-    if missing or len(asked) != len(annotated):
-        detail = f"question_id {missing[0]!r} has no annotation" if missing else "some annotations have no question"
-        raise DataError(
-            f"{questions_file} has {len(asked)} questions and {annotations_file} has {len(annotated)} annotations, and "
-            f"they do not match ({detail}); give the two files of one split"
-        )
+    asked = read_questions(questions_file, annotations_file)
     find_image = ImageIndex(files)
-    questions = []
-    for q in _first(asked, limit):
-        a = annotated[q["question_id"]]
-        if a["image_id"] != q["image_id"]:
-            raise DataError(
-                f"question_id {q['question_id']!r} is about image {q['image_id']!r} in {questions_file} but about "
-                f"{a['image_id']!r} in {annotations_file}"
-            )
-        questions.append(
-            Question(
-                question_id=q["question_id"],
-                image_id=q["image_id"],
-                text=_text(q["question"], "question", q["question_id"], questions_file),
-                image=find_image(q["image_id"]),
-                answers=_answers(a, annotations_file),
-                question_type=str(a["question_type"]),
-                answer_type=str(a["answer_type"]),
-            )
-        )
+    questions = [Question(**vars(q), image=find_image(q.image_id)) for q in asked[:limit]]
     fingerprint = _fingerprint(files, (questions_file, annotations_file), [q.image for q in questions])
     return VQASet(tuple(questions), len(asked), fingerprint)
 
@@ -163,25 +127,9 @@ def load_captions(files: Files, limit: int | None = None) -> CaptionSet:
     Raises DataError for a missing file, a file of another shape, an image without captions, and a missing image.
     """
     captions_file = _need(files.captions, "captions", "captions_{split}.json", files)
-    listed = _records(captions_file, "images", ("id",))
-    _by_id(listed, "id", captions_file)
-    references: dict[Id, list[str]] = {image["id"]: [] for image in listed}
-    for annotation in _records(captions_file, "annotations", ("image_id", "caption")):
-        image_id = annotation["image_id"]
-        if image_id not in references:
-            raise DataError(f"{captions_file}: a caption belongs to image {image_id!r}, which images[] does not list")
-        references[image_id].append(_text(annotation["caption"], "caption", image_id, captions_file))
-    without = [image_id for image_id, captions in references.items() if not captions]
-    if without:
-        raise DataError(
-            f"{captions_file}: {len(without)} images have no caption (first: {without[0]!r}); "
-            "captions cannot be scored without references"
-        )
+    listed = read_references(captions_file)
     find_image = ImageIndex(files)
-    images = [
-        CaptionedImage(image["id"], find_image(image["id"]), tuple(references[image["id"]]))
-        for image in _first(listed, limit)
-    ]
+    images = [CaptionedImage(**vars(r), image=find_image(r.image_id)) for r in listed[:limit]]
     return CaptionSet(tuple(images), len(listed), _fingerprint(files, (captions_file,), [i.image for i in images]))
 
 
@@ -204,9 +152,7 @@ class ImageIndex:
         self._listed_in = files.captions
         if files.captions is not None:
             self._named = {
-                image["id"]: image["file_name"]
-                for image in _records(files.captions, "images", ("id",))
-                if image.get("file_name")
+                image["id"]: image["file_name"] for image in read_images(files.captions) if image.get("file_name")
             }
 
     def __call__(self, image_id: Id) -> Path:
@@ -223,68 +169,6 @@ class ImageIndex:
                 f"image {image_id!r} is missing: no {digits}.jpg, {digits}.png or *_{digits}.jpg in {self._folder}"
             )
         return self._folder / found
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file. Raises DataError naming the file and the place of the fault."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist; check the path") from None
-    except IsADirectoryError:
-        raise DataError(f"{path} is a folder; give a JSON file") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); expected a JSON file") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
-
-
-def _records(path: Path, key: str, fields: Sequence[str]) -> list[dict[str, Any]]:
-    document = read_json(path)
-    if not isinstance(document, dict) or not isinstance(document.get(key), list):
-        seen = sorted(document) if isinstance(document, dict) else type(document).__name__
-        raise DataError(f"{path}: expected an object with a list {key!r}, found {seen}")
-    if not document[key]:
-        raise DataError(f"{path}: {key!r} is empty; nothing to evaluate")
-    for position, record in enumerate(document[key]):
-        absent = [f for f in fields if f not in record] if isinstance(record, dict) else list(fields)
-        if absent:
-            raise DataError(f"{path}: {key}[{position}] lacks {', '.join(absent)}")
-        for field in fields:
-            value = record[field]
-            if field.endswith("id") and (isinstance(value, bool) or not isinstance(value, int | str)):
-                raise DataError(f"{path}: {key}[{position}].{field} is {value!r}; expected an integer or a string")
-    return document[key]
-
-
-def _by_id(records: Iterable[dict[str, Any]], field: str, path: Path) -> dict[Id, dict[str, Any]]:
-    table: dict[Id, dict[str, Any]] = {}
-    for record in records:
-        if record[field] in table:
-            raise DataError(f"{path}: {field} {record[field]!r} occurs twice; ids must be unique")
-        table[record[field]] = record
-    return table
-
-
-def _answers(annotation: dict[str, Any], path: Path) -> tuple[str, ...]:
-    answers = annotation["answers"]
-    where = f"{path}: question_id {annotation['question_id']!r}"
-    if not isinstance(answers, list) or not answers:
-        raise DataError(f"{where} has no list of answers")
-    for answer in answers:
-        if not isinstance(answer, dict) or not isinstance(answer.get("answer"), str):
-            raise DataError(f"{where}: expected answers like {{'answer': 'yes'}}, found {answer!r}")
-    return tuple(answer["answer"] for answer in answers)
-
-
-def _text(value: Any, what: str, of: Id, path: Path) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{path}: the {what} of {of!r} is {value!r}; expected text")
-    return value
-
-
-def _first(records: list[dict[str, Any]], limit: int | None) -> list[dict[str, Any]]:
-    return records if limit is None else records[:limit]
 
 
 def _need(path: Path | None, option: str, pattern: str, files: Files) -> Path:

@@ -19,7 +19,7 @@ from typing import Any
 from nmm_serve.checkpoint import check_checkpoint, checkpoint_hash, read_run
 from nmm_serve.engines.base import Engine
 from nmm_serve.errors import DataError
-from nmm_serve.evals.datasets import read_json
+from nmm_serve.evals.annotations import read_json
 from nmm_serve.onnx.manifest import is_exported, read_manifest
 
 FORMAT = "nmm-serve/evaluation/1"

@@ -210,10 +210,10 @@ def _run_vqa(
     answers = ask(engine, samples, VQA_MAX_TOKENS, options.chunk, progress, kept)
     good = [q for q in data.questions if answers[q.question_id].error is None]
     scored = vqa.score(good, {q.question_id: answers[q.question_id].text.strip() for q in good}) if good else None
-    per_question = dict(zip((q.question_id for q in good), scored.accuracies, strict=True)) if scored else {}
+    per_question = {item["question_id"]: item for item in scored.items()} if scored else {}
     for q in data.questions:
         output = answers[q.question_id]
-        accuracy = per_question.get(q.question_id)
+        scores = per_question.get(q.question_id, {})
         items.append(
             {
                 "task": "vqa",
@@ -225,7 +225,9 @@ def _run_vqa(
                 "answer_type": q.answer_type,
                 "answers": list(q.answers),
                 "prediction": output.text.strip() if output.error is None else None,
-                "accuracy": None if accuracy is None else round(100 * accuracy, 2),
+                "accuracy": scores.get("score"),
+                "exact_match": scores.get("exact_match"),
+                "relaxed_match": scores.get("relaxed_match"),
                 "finish_reason": output.finish_reason,
                 "error": output.error,
             }
@@ -245,7 +247,8 @@ def _run_vqa(
         **vqa.baselines(data.questions),
     }
     numbers = _vqa_numbers(good, scored, options.seed) if scored else None
-    return publish(section, numbers, ("accuracy", "interval", "exact_match", "per_question_type", "per_answer_type"))
+    keys = ("accuracy", "interval", "exact_match", "relaxed_accuracy", "per_question_type", "per_answer_type")
+    return publish(section, numbers, keys)
 
 
 def _vqa_numbers(questions: Sequence[Question], scored: vqa.VQAScore, seed: int) -> dict[str, Any]:
@@ -272,6 +275,7 @@ def _vqa_numbers(questions: Sequence[Question], scored: vqa.VQAScore, seed: int)
         "accuracy": official["overall"],
         "interval": _as_dict(scored.interval(seed=seed)),
         "exact_match": scored.exact_match,
+        "relaxed_accuracy": scored.relaxed_accuracy,
         "per_question_type": groups("per_question_type", "question_type"),
         "per_answer_type": groups("per_answer_type", "answer_type"),
     }
@@ -297,9 +301,11 @@ def _run_caption(
     position = {i.image_id: index for index, i in enumerate(good)}
     for i in data.images:
         output = answers[i.image_id]
-        per_image = None
+        per_image = tokens = None
         if scored is not None and i.image_id in position:
             per_image = {name: values[position[i.image_id]] for name, values in scored.per_image.items()}
+            hypothesis, references = scored.tokens[position[i.image_id]]
+            tokens = {"prediction": hypothesis, "references": references}
         items.append(
             {
                 "task": "caption",
@@ -308,6 +314,7 @@ def _run_caption(
                 "references": list(i.references),
                 "prediction": output.text.strip() if output.error is None else None,
                 "scores": per_image,
+                "tokens": tokens,
                 "finish_reason": output.finish_reason,
                 "error": output.error,
             }

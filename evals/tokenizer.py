@@ -4,17 +4,14 @@ Both take plain captions and give one string of space-separated tokens per capti
 with COCO's list of punctuation removed.
 """
 
-import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 from nmm_serve.errors import EngineError, NMMError
-from nmm_serve.evals import ptb_fallback
+from nmm_serve.evals import java, ptb_fallback
 
-JAVA_HINT = "install Java (Debian, Ubuntu: apt install default-jre-headless) for the exact tokenizer and METEOR"
-_TIMEOUT_S = 600
+_START_S, _PER_CAPTION_S = 120, 0.01
 
 
 class Tokenizer(Protocol):
@@ -24,22 +21,12 @@ class Tokenizer(Protocol):
     def tokenize(self, captions: Sequence[str]) -> list[str]: ...
 
 
-def find_java() -> str | None:
-    """Path of a `java` that runs, or None."""
-    java = shutil.which("java")
-    if java is None:
-        return None
-    try:
-        subprocess.run([java, "-version"], capture_output=True, check=True, timeout=60, stdin=subprocess.DEVNULL)
-    except (OSError, subprocess.SubprocessError):
-        return None  # a stub, or a broken installation: as good as none
-    return java
-
-
 def open_tokenizer() -> Tokenizer:
     """The PTB tokenizer where Java runs, else the fallback."""
-    java = find_java()
-    return PTBTokenizer(java) if java else FallbackTokenizer()
+    try:
+        return PTBTokenizer(java.find_java())
+    except EngineError as error:
+        return FallbackTokenizer(str(error))
 
 
 def clean(caption: str) -> str:
@@ -56,26 +43,23 @@ class PTBTokenizer:
 
     name = "PTBTokenizer (Stanford CoreNLP 3.4.1)"
 
-    def __init__(self, java: str) -> None:
-        self._java = java
+    def __init__(self, java_path: str) -> None:
+        self.java_path = java_path
 
     def tokenize(self, captions: Sequence[str]) -> list[str]:
         """Raises EngineError when Java fails or answers with another number of lines."""
         if not captions:
             return []
         jar, removed = _ptb_jar()
-        command = [self._java, "-Dfile.encoding=UTF-8", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
+        command = [self.java_path, *java.OPTIONS, "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
         command += ["-preserveLines", "-lowerCase", "-encoding", "UTF-8"]
         text = "".join(clean(caption) + "\n" for caption in captions)
         try:
-            done = subprocess.run(command, input=text.encode(), capture_output=True, check=True, timeout=_TIMEOUT_S)
-        except subprocess.CalledProcessError as error:
-            last = (error.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
-            raise EngineError(f"Java's PTBTokenizer failed with exit status {error.returncode}: {last}") from None
-        except subprocess.TimeoutExpired:
-            raise EngineError(f"Java's PTBTokenizer did not finish within {_TIMEOUT_S} s and was stopped") from None
+            out = java.run(command, text.encode(), timeout_s=_START_S + _PER_CAPTION_S * len(captions))
+        except EngineError as error:
+            raise EngineError(f"Java's PTBTokenizer failed: {error}") from None
         # Not splitlines(): a token may hold a character that Python counts as a line break.
-        lines = done.stdout.decode().split("\n")
+        lines = out.decode().split("\n")
         if lines[-1] == "":
             lines.pop()
         if len(lines) != len(captions):
@@ -101,6 +85,10 @@ class FallbackTokenizer:
     """The same for everyday captions in Python; on the captions that it `covers` it is proven equal to PTBTokenizer."""
 
     name = "Python fallback for PTBTokenizer"
+
+    def __init__(self, reason: str = "Java was not asked for") -> None:
+        self.reason = reason
+        """Why Java is not used."""
 
     def tokenize(self, captions: Sequence[str]) -> list[str]:
         return [ptb_fallback.tokenize(clean(caption)) for caption in captions]

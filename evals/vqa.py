@@ -13,6 +13,7 @@ One thing differs: "the other nine" are told apart by position. The official cod
 annotations without distinct `answer_id` lose all equal answers at once.
 """
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -21,7 +22,7 @@ from functools import lru_cache
 from typing import Any
 
 from nmm_serve.errors import DataError
-from nmm_serve.evals.datasets import Id, Question
+from nmm_serve.evals.annotations import AnsweredQuestion, Id
 from nmm_serve.evals.stats import Interval, mean_interval
 
 DEFINITIONS = {
@@ -32,6 +33,10 @@ DEFINITIONS = {
     "exact_match": (
         "percent of questions whose prediction, stripped, equals the most frequent answer to the letter "
         "(first in file order on a tie); not the official accuracy"
+    ),
+    "relaxed_accuracy": (
+        "percent of questions whose prediction is within 5 % of the most frequent answer where both are numbers "
+        "(`12%` is 0.12), and else equals it but for capitals: ChartQA's relaxed accuracy; not the official accuracy"
     ),
     "best_constant": (
         "accuracy of always giving, for each question type, the one answer that scores best on this very set: "
@@ -105,7 +110,36 @@ def accuracy(answers: Sequence[str], prediction: str) -> float:
 
 def exact_match(answers: Sequence[str], prediction: str) -> bool:
     """Does the stripped prediction equal the most frequent answer to the letter?"""
-    return strip(prediction) == Counter(map(strip, answers)).most_common(1)[0][0]
+    return strip(prediction) == _most_frequent(answers)
+
+
+RELAXED_TOLERANCE = 0.05
+
+
+def relaxed_match(answers: Sequence[str], prediction: str) -> bool:
+    """Does the prediction come within 5 % of the most frequent answer, or equal it where they are no numbers?
+
+    After ChartQA (Masry et al. 2022), in the variant of Pix2Struct's code: the tolerance is relative to the answer, a
+    percent sign divides by 100, and an answer of 0 is compared as text.
+    """
+    wanted, given = _most_frequent(answers), strip(prediction)
+    wanted_number, given_number = _number(wanted), _number(given)
+    if wanted_number and given_number is not None:
+        return abs(given_number - wanted_number) / abs(wanted_number) <= RELAXED_TOLERANCE
+    return given.lower() == wanted.lower()
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _most_frequent(answers: Sequence[str]) -> str:
+    """After stripping; the first in file order on a tie."""
+    return Counter(map(strip, answers)).most_common(1)[0][0]
 
 
 def _comparison(answers: Sequence[str]) -> tuple[list[str], Callable[[str], str]]:
@@ -120,9 +154,10 @@ def _comparison(answers: Sequence[str]) -> tuple[list[str], Callable[[str], str]
 class VQAScore:
     """Per-question accuracies (0 to 1) in the order of `questions`, and what is drawn from them."""
 
-    questions: tuple[Question, ...]
+    questions: tuple[AnsweredQuestion, ...]
     accuracies: tuple[float, ...]
     exact: tuple[bool, ...]
+    relaxed: tuple[bool, ...]
 
     def official(self) -> dict[str, Any]:
         """The official evaluator's percents, rounded as it rounds."""
@@ -132,7 +167,21 @@ class VQAScore:
             "per_answer_type": self.by(lambda q: q.answer_type),
         }
 
-    def by(self, key: Callable[[Question], str]) -> dict[str, float]:
+    def items(self) -> list[dict[str, Any]]:
+        """The official percent of each question, and whether the other two count it as right."""
+        return [
+            {
+                "question_id": question.question_id,
+                "score": percent([accuracy]),
+                "exact_match": exact,
+                "relaxed_match": relaxed,
+            }
+            for question, accuracy, exact, relaxed in zip(
+                self.questions, self.accuracies, self.exact, self.relaxed, strict=True
+            )
+        ]
+
+    def by(self, key: Callable[[AnsweredQuestion], str]) -> dict[str, float]:
         """Percent per group, groups in order of first appearance."""
         groups: dict[str, list[float]] = {}
         for question, value in zip(self.questions, self.accuracies, strict=True):
@@ -143,13 +192,17 @@ class VQAScore:
     def exact_match(self) -> float:
         return percent([float(hit) for hit in self.exact])
 
-    def interval(self, key: Callable[[Question], bool] = lambda _: True, seed: int = 0) -> Interval | None:
+    @property
+    def relaxed_accuracy(self) -> float:
+        return percent([float(hit) for hit in self.relaxed])
+
+    def interval(self, key: Callable[[AnsweredQuestion], bool] = lambda _: True, seed: int = 0) -> Interval | None:
         """Interval of the accuracy in percent over the questions that `key` picks, drawing whole images."""
         picked = [(100 * a, q.image_id) for q, a in zip(self.questions, self.accuracies, strict=True) if key(q)]
         return mean_interval([value for value, _ in picked], [image for _, image in picked], seed=seed)
 
 
-def score(questions: Sequence[Question], predictions: Mapping[Id, str]) -> VQAScore:
+def score(questions: Sequence[AnsweredQuestion], predictions: Mapping[Id, str]) -> VQAScore:
     """Score one prediction for every question. Raises DataError when one is missing or belongs to no question."""
     missing = [q.question_id for q in questions if q.question_id not in predictions]
     extra = set(predictions) - {q.question_id for q in questions}
@@ -162,6 +215,7 @@ def score(questions: Sequence[Question], predictions: Mapping[Id, str]) -> VQASc
         questions=tuple(questions),
         accuracies=tuple(accuracy(q.answers, predictions[q.question_id]) for q in questions),
         exact=tuple(exact_match(q.answers, predictions[q.question_id]) for q in questions),
+        relaxed=tuple(relaxed_match(q.answers, predictions[q.question_id]) for q in questions),
     )
 
 
@@ -171,13 +225,13 @@ def percent(values: Sequence[float]) -> float:
 
 
 def best_constant(
-    questions: Sequence[Question], key: Callable[[Question], Hashable] = lambda q: q.question_type
+    questions: Sequence[AnsweredQuestion], key: Callable[[AnsweredQuestion], Hashable] = lambda q: q.question_type
 ) -> dict[Hashable, tuple[str, list[float]]]:
     """For each group of questions the single answer that scores best on it, and its accuracy on each of them.
 
     Candidates are all answers that occur in the group.
     """
-    groups: dict[Hashable, list[Question]] = {}
+    groups: dict[Hashable, list[AnsweredQuestion]] = {}
     for question in questions:
         groups.setdefault(key(question), []).append(question)
     chosen = {}
@@ -187,7 +241,7 @@ def best_constant(
     return chosen
 
 
-def _best_answer(questions: Iterable[Question]) -> str:
+def _best_answer(questions: Iterable[AnsweredQuestion]) -> str:
     """One pass: what each raw text earns where a question is unanimous, and each normal form elsewhere."""
     raw: dict[str, float] = defaultdict(float)
     normal: dict[str, float] = defaultdict(float)
@@ -205,7 +259,7 @@ def _best_answer(questions: Iterable[Question]) -> str:
 FOLDS = 5
 
 
-def question_only(questions: Sequence[Question]) -> list[float]:
+def question_only(questions: Sequence[AnsweredQuestion]) -> list[float]:
     """Accuracy of each question when it is answered by its text alone; see DEFINITIONS.
 
     Choosing and scoring on the same images would reward rare texts: one that occurs once is always answered right.
@@ -222,7 +276,7 @@ def question_only(questions: Sequence[Question]) -> list[float]:
     return [values[q.question_id] for q in questions]
 
 
-def baselines(questions: Sequence[Question]) -> dict[str, Any]:
+def baselines(questions: Sequence[AnsweredQuestion]) -> dict[str, Any]:
     """What a result is judged against: the best constant per question type, and what the questions alone give away."""
     constants = best_constant(questions)
     return {

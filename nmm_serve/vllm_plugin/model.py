@@ -42,7 +42,10 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from nmm_serve.chat import IMAGE
+from nmm_serve.kernels.moe import moe_mlp
+from nmm_serve.models.blocks import Experts
 from nmm_serve.models.vision import PatchEmbed, VisionEncoder
+from nmm_serve.vllm_plugin.moe_choice import Choice, ExpertsLayer, choose
 from nmm_serve.vllm_plugin.processing import NMMDummyInputsBuilder, NMMMultiModalProcessor, NMMProcessingInfo
 
 
@@ -127,19 +130,49 @@ class NMMSparseMoE(nn.Module):
         config = vllm_config.model_config.hf_config
         # the router is small and decides everything: never quantized
         self.gate = ReplicatedLinear(config.hidden_size, config.num_experts, bias=False, prefix=f"{prefix}.gate")
-        self.experts = FusedMoEFactory(
-            num_experts=config.num_experts,
-            top_k=config.num_experts_per_tok,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            renormalize=config.norm_topk_prob,
-            quant_config=vllm_config.quant_config,
-            prefix=f"{prefix}.experts",
-        )
+        self.top_k, self.renormalize = config.num_experts_per_tok, config.norm_topk_prob
+        self.ours = chosen_experts(vllm_config) == "nmm-serve"
+        self.experts: Any
+        if self.ours:
+            self.experts = Experts(config.num_experts, config.hidden_size, config.intermediate_size)
+        else:
+            self.experts = FusedMoEFactory(
+                num_experts=config.num_experts,
+                top_k=self.top_k,
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size,
+                renormalize=self.renormalize,
+                quant_config=vllm_config.quant_config,
+                prefix=f"{prefix}.experts",
+            )
 
     def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
         router_logits, _ = self.gate(x_ND)
-        return self.experts(hidden_states=x_ND, router_logits=router_logits)
+        if not self.ours:
+            return self.experts(hidden_states=x_ND, router_logits=router_logits)
+        return moe_mlp(
+            x_ND, router_logits, self.experts.gate_up_proj, self.experts.down_proj,
+            top_k=self.top_k, renormalize=self.renormalize,
+        )[0]  # fmt: skip
+
+
+def chosen_experts(vllm_config: VllmConfig) -> Choice:
+    """Whose kernels compute the experts of this model on this device (see `moe_choice`)."""
+    config, parallel = vllm_config.model_config.hf_config, vllm_config.parallel_config
+    obstacles = {
+        "--tensor-parallel-size": parallel.tensor_parallel_size > 1,
+        "--enable-expert-parallel": parallel.enable_expert_parallel,
+        "quantization": vllm_config.quant_config is not None,
+    }
+    layer = ExpertsLayer(
+        gpu=current_platform.get_device_name() if current_platform.is_cuda() else None,
+        dtype=str(vllm_config.model_config.dtype).removeprefix("torch."),
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        experts=config.num_experts,
+        top_k=config.num_experts_per_tok,
+    )
+    return choose(layer, next((name for name, there in obstacles.items() if there), None))
 
 
 class NMMDecoderLayer(nn.Module):

@@ -1,32 +1,32 @@
 """Caption scores: equal to pycocoevalcap's own, whatever the order, and alive when Java is not."""
 
 import random
-import stat
-from pathlib import Path
 
 import numpy as np
 import pytest
+from eval_fakes import put_java
 
 pytest.importorskip("pycocoevalcap", reason="needs the extra `evals`")
 
 from nmm_serve.errors import DataError, EngineError
 from nmm_serve.evals import caption, meteor, stats
+from nmm_serve.evals.annotations import References
 from nmm_serve.evals.cider import CiderResampler
-from nmm_serve.evals.datasets import CaptionedImage
+from nmm_serve.evals.meteor import Meteor
 from nmm_serve.evals.tokenizer import FallbackTokenizer
 
 WORD_LIST = "a the dog cat man woman red blue on under near grass table sits runs two three big small and with"
 VOCABULARY = WORD_LIST.split()
 
 
-def make(images: int, seed: int = 0) -> tuple[list[CaptionedImage], dict[int, str]]:
+def make(images: int, seed: int = 0) -> tuple[list[References], dict[int, str]]:
     rng = random.Random(seed)
 
     def sentence() -> str:
         return " ".join(rng.choice(VOCABULARY) for _ in range(rng.randint(3, 10))).capitalize() + "."
 
     listed = [
-        CaptionedImage(i, Path(f"{i}.png"), tuple(sentence() for _ in range(rng.randint(1, 6)))) for i in range(images)
+        References(image_id=i, references=tuple(sentence() for _ in range(rng.randint(1, 6)))) for i in range(images)
     ]
     predictions = {
         image.image_id: rng.choice(
@@ -63,7 +63,7 @@ def test_bleu_of_resamples_equals_pycocoevalcap():
     from pycocoevalcap.bleu.bleu import Bleu
 
     hypotheses, references = tokens_of(*make(40))
-    statistic = caption._bleu_statistic(hypotheses, references)
+    statistic = caption.bleu_statistic(hypotheses, references)
     for counts in [np.ones(40, dtype=int), *np.random.default_rng(0).multinomial(40, np.full(40, 1 / 40), size=5)]:
         drawn = [i for i, count in enumerate(counts) for _ in range(count)]
         expected, _ = Bleu(4).compute_score(
@@ -150,38 +150,34 @@ def test_equals_pycocoevalcap_with_java(capsys):
 
 
 @pytest.mark.java
-def test_line_separators_do_not_shift_later_captions(monkeypatch):
-    monkeypatch.setattr(caption, "meteor", lambda *_: (0.0, [0.0] * 3))  # its Java takes long to start
+def test_line_separators_do_not_shift_later_captions():
     images = [
-        CaptionedImage(i, Path("x"), (text,)) for i, text in enumerate(["a dog on grass", "a cat", "a bird sings"])
+        References(image_id=i, references=(text,)) for i, text in enumerate(["a dog on grass", "a cat", "a bird sings"])
     ]
     predictions = {0: "a dog\ron grass", 1: "a\u2028cat", 2: "a bird\x0bsings"}
-    scored = caption.score(images, predictions, resamples=10)
+    scored = caption.score(images, predictions, metrics=["ROUGE_L"], resamples=10)
     assert scored.per_image["ROUGE_L"] == pytest.approx([1, 1, 1])
 
 
-def put_java(folder, monkeypatch, script):
-    java = folder / "java"
-    java.write_text(f"#!/bin/sh\n{script}\n")
-    java.chmod(java.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
-
-
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("script", ["exit 1", "echo nonsense; exec cat >/dev/null"])
-def test_meteor_survives_a_java_that_dies(tmp_path, monkeypatch, script):
-    """pycocoevalcap would hang for ever in its destructor here."""
-    put_java(tmp_path, monkeypatch, script)
-    with pytest.raises(EngineError, match="METEOR's Java died"):
-        meteor.meteor(["a dog"], [["a dog"]])
-
-
-@pytest.mark.timeout(60)
-def test_meteor_stops_a_java_that_hangs(tmp_path, monkeypatch):
-    put_java(tmp_path, monkeypatch, "exec sleep 600")
-    monkeypatch.setattr(meteor, "_START_S", 0.3)
-    with pytest.raises(EngineError, match="METEOR's Java died"):
-        meteor.meteor(["a dog"], [["a dog"]])
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("echo no memory >&2; exit 3", "METEOR's Java ended with exit status 3: no memory"),
+        ("echo nonsense; read line; sleep 600", "METEOR's Java said nothing"),
+        ("sleep 600", "METEOR's Java said nothing"),  # a child of the script holds the pipes
+        ("exec >&-; sleep 600", "METEOR's Java closed its output"),
+        ("while read line; do echo nonsense; echo nonsense; done", "answered 'nonsense' where a score was expected"),
+    ],
+)
+def test_meteor_survives_a_java_that_dies_hangs_or_raves(tmp_path, monkeypatch, script, message):
+    """pycocoevalcap would hang for ever here, at the latest in its destructor."""
+    if "sleep" in script:
+        monkeypatch.setattr(meteor, "_SILENCE_S", 0.5)
+    monkeypatch.setattr(meteor, "_ENDING_S", 0.5)
+    java = put_java(tmp_path, monkeypatch, script)
+    with pytest.raises(EngineError, match=message), Meteor(java, ["a dog"], [["a dog"]]) as running:
+        running.scores()
 
 
 def test_resampling_is_seeded():

@@ -1,12 +1,12 @@
 """The PTB tokenizer through Java, and the fallback against it."""
 
 import random
-import stat
 
 import pytest
+from eval_fakes import put_java
 
 from nmm_serve.errors import EngineError
-from nmm_serve.evals import tokenizer
+from nmm_serve.evals import java, tokenizer
 from nmm_serve.evals.tokenizer import FallbackTokenizer, PTBTokenizer
 
 HOSTILE = [
@@ -78,9 +78,7 @@ def sample(count: int) -> list[str]:
 
 @pytest.fixture
 def ptb():
-    java = tokenizer.find_java()
-    assert java is not None
-    return PTBTokenizer(java)
+    return PTBTokenizer(java.find_java())
 
 
 @pytest.mark.java
@@ -139,40 +137,47 @@ def test_fallback_keeps_lines_apart():
     assert len(FallbackTokenizer().tokenize(HOSTILE)) == len(HOSTILE)
 
 
-def fake_java(folder, monkeypatch, script: str) -> str:
-    """Put a `java` of our own first on the PATH."""
-    java = folder / "java"
-    java.write_text(f"#!/bin/sh\n{script}\n")
-    java.chmod(java.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
-    return str(java)
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [("exit 7", "exit status 7"), ("sleep 600", "did not finish within"), ("kill -9 $$", "exit status -9")],
+)
+def test_a_java_that_does_not_run_is_no_java(tmp_path, monkeypatch, script, reason):
+    put_java(tmp_path, monkeypatch, script)
+    monkeypatch.setattr(java, "_VERSION_TIMEOUT_S", 0.5)
+    found = tokenizer.open_tokenizer()
+    assert isinstance(found, FallbackTokenizer)
+    assert reason in found.reason
 
 
-def test_a_java_that_does_not_run_is_no_java(tmp_path, monkeypatch):
-    fake_java(tmp_path, monkeypatch, "exit 1")
-    assert tokenizer.find_java() is None
-    assert isinstance(tokenizer.open_tokenizer(), FallbackTokenizer)
+def test_a_java_that_is_no_program_is_no_java(tmp_path, monkeypatch):
+    put_java(tmp_path, monkeypatch, "exit 0")
+    (tmp_path / "java").write_bytes(b"\0\1\2")
+    with pytest.raises(EngineError, match="could not be started"):
+        java.find_java()
 
 
 def test_no_java_at_all(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert tokenizer.find_java() is None
+    with pytest.raises(EngineError, match="no java on the PATH; install Java"):
+        java.find_java()
 
 
 def test_java_that_loses_lines_is_an_error(tmp_path, monkeypatch):
-    java = fake_java(tmp_path, monkeypatch, "echo one line")
+    path = put_java(tmp_path, monkeypatch, "cat >/dev/null; echo one line")
     with pytest.raises(EngineError, match="gave 1 lines for 2 captions"):
-        PTBTokenizer(java).tokenize(["a", "b"])
+        PTBTokenizer(path).tokenize(["a", "b"])
 
 
 def test_java_that_dies_is_an_error(tmp_path, monkeypatch):
-    java = fake_java(tmp_path, monkeypatch, "echo out of memory >&2; exit 3")
+    path = put_java(tmp_path, monkeypatch, "echo out of memory >&2; exit 3")
     with pytest.raises(EngineError, match="exit status 3: out of memory"):
-        PTBTokenizer(java).tokenize(["a"])
+        PTBTokenizer(path).tokenize(["a"])
 
 
+@pytest.mark.timeout(60)
 def test_java_that_hangs_is_stopped(tmp_path, monkeypatch):
-    java = fake_java(tmp_path, monkeypatch, "exec sleep 60")
-    monkeypatch.setattr(tokenizer, "_TIMEOUT_S", 0.3)
+    path = put_java(tmp_path, monkeypatch, "sleep 600")
+    monkeypatch.setattr(tokenizer, "_START_S", 0.3)
     with pytest.raises(EngineError, match="was stopped"):
-        PTBTokenizer(java).tokenize(["a"])
+        PTBTokenizer(path).tokenize(["a"])

@@ -14,6 +14,8 @@ from nmm_serve.engines.base import Request, SamplingParams
 from nmm_serve.engines.torch import TorchEngine
 from nmm_serve.engines.vllm import VLLMEngine
 from nmm_serve.errors import CheckpointError, ConfigError, EngineError
+from nmm_serve.kernels.image_front import image_front
+from nmm_serve.kernels.moe import moe_mlp
 
 pytestmark = pytest.mark.slow
 
@@ -47,6 +49,28 @@ def test_same_tokens_as_torch(checkpoint, family):
 def test_hard_routing_is_refused(checkpoint):
     with pytest.raises(EngineError, match="serve this checkpoint with the torch engine"):
         VLLMEngine(checkpoint("modality-moe"))
+
+
+def test_our_experts_and_our_image_front_inside_vllm(checkpoint, monkeypatch):
+    """Switched on by hand: without a GPU vLLM would use neither."""
+    import nmm_serve.models.vision as vision
+    import nmm_serve.vllm_plugin.model as model
+    import nmm_serve.vllm_plugin.processing as processing
+
+    calls = []
+
+    def counted(function):
+        return lambda *args, **kwargs: calls.append(function) or function(*args, **kwargs)
+
+    monkeypatch.setenv("NMM_SERVE_MOE", "nmm-serve")
+    monkeypatch.setattr(processing, "takes_raw_pixels", lambda device: True)
+    monkeypatch.setattr(model, "moe_mlp", counted(model.moe_mlp))
+    monkeypatch.setattr(vision, "image_front", counted(vision.image_front))
+    reference = TorchEngine(checkpoint("late-moe"))
+    with VLLMEngine(checkpoint("late-moe")) as engine:
+        calls.clear()
+        assert_parity(reference, engine, parity_requests())
+    assert set(calls) == {moe_mlp, image_front}
 
 
 CRAMPED: dict[str, dict[str, Any]] = {

@@ -66,6 +66,15 @@ def failed(error: str = "the engine broke") -> Output:
     return Output(text="", finish_reason="error", error=error)
 
 
+def put_java(folder: Path, monkeypatch: Any, script: str) -> str:
+    """Put a `java` of our own, a shell script, first on the PATH; gives back where it lies."""
+    java = folder / "java"
+    java.write_text(f"#!/bin/sh\n{script}\n")
+    java.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    return str(java)
+
+
 COLOURS = ("red", "green", "blue", "white")
 
 

@@ -1,0 +1,202 @@
+"""nmm-serve kernels: measure the mixture-of-experts kernels on this machine."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nmm_serve.cli.errors import Command
+from nmm_serve.cli.render import note, print_json, print_table, progress_bars
+
+
+class KernelsGroup(click.Group):
+    command_class = Command
+
+
+@click.group(cls=KernelsGroup)
+def kernels() -> None:
+    """Measure and tune the mixture-of-experts kernels."""
+
+
+@kernels.command()
+@click.option(
+    "--regime", type=click.Choice(["decode", "prefill", "train", "all"]), default="all", show_default=True,
+    help="decode: 1 to 64 tokens; prefill: 1 k to 64 k; train: forward and backward.",
+)  # fmt: skip
+@click.option("--shapes", default="A,B,C,D", show_default=True, metavar="NAMES", help="Layer sizes, smallest first.")
+@click.option(
+    "--minutes", type=click.FloatRange(0, min_open=True), default=10, show_default=True,
+    help="Time for everything. What it does not suffice for is named.",
+)  # fmt: skip
+@click.option(
+    "--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True,
+    help="cpu: tiny layers and the eager paths, to see that the benchmark works.",
+)  # fmt: skip
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Write the record here.")
+@click.option("--json", "as_json", is_flag=True, help="Print the record instead of the table.")
+def bench(
+    regime: str, shapes: str, minutes: float, device: str, out: Path | None, as_json: bool
+) -> None:  # fmt: skip
+    """Time the experts layer against every peer on this machine, and against what its GPU could do.
+
+    \b
+    nmm-serve kernels bench -o kernels.json
+    nmm-serve kernels bench --regime decode --shapes A,B --minutes 3
+    """
+    import torch
+
+    from nmm_serve.errors import EngineError
+    from nmm_serve.evals.records import check_place
+    from nmm_serve.kernels.bench.device import CpuDevice, CudaDevice
+    from nmm_serve.kernels.bench.plan import REGIMES, SHAPES, TINY, TINY_REGIMES, cells
+    from nmm_serve.kernels.bench.run import run
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise EngineError(
+            "no GPU: the benchmark times CUDA kernels; --device cpu shows that the benchmark itself works"
+        )
+    known, regimes = (SHAPES, REGIMES) if device == "cuda" else (TINY, TINY_REGIMES)
+    names = [name.strip() for name in shapes.split(",")]
+    if device == "cpu" and shapes == "A,B,C,D":
+        names = list(known)
+    for name in names:
+        if name not in known:
+            raise click.BadParameter(f"{name!r} is none of {', '.join(known)}", param_hint="--shapes")
+    if out is not None:
+        check_place(out)
+    chosen = {name: tokens for name, tokens in regimes.items() if regime in (name, "all")}
+    plan = cells([known[name] for name in names], chosen)
+    with progress_bars() as bars:
+        task = bars.add_task("", total=len(plan))
+        found = run(
+            plan,
+            CudaDevice() if device == "cuda" else CpuDevice(),
+            torch.bfloat16 if device == "cuda" else torch.float32,
+            minutes,
+            progress=lambda done, label: bars.update(task, completed=done, description=label),
+        )
+    record = describe(found)
+    if out is not None:
+        write(record, out)
+    if as_json:
+        print_json(record)
+    else:
+        show(record)
+
+
+@kernels.command()
+@click.argument("records", nargs=-1, required=True, type=click.Path(path_type=Path))
+def choose(records: Sequence[Path]) -> None:
+    """Let RECORDS of the benchmark decide whose kernels vLLM uses on the GPUs that they were measured on.
+
+    \b
+    nmm-serve kernels choose kernels.json
+    """
+    import json
+
+    from nmm_serve.errors import DataError
+    from nmm_serve.evals.datasets import read_json
+    from nmm_serve.evals.records import write_text
+    from nmm_serve.vllm_plugin.moe_choice import OURS, TABLE, THEIRS, merged, read_table, rows_of
+
+    new = []
+    for path in records:
+        record = read_json(path)
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            raise DataError(f"{path} is no record of `nmm-serve kernels bench -o`; expected the format {FORMAT!r}")
+        rows = rows_of(record)
+        if not rows:
+            raise DataError(
+                f"{path} has no cell that {OURS} and {THEIRS} were both timed in; install vLLM and repeat it"
+            )
+        new += rows
+    table = merged(read_table(), new)
+    write_text(TABLE, json.dumps({"rows": table}, indent=2) + "\n")
+    rows = [
+        [" ".join(str(value) for value in row["layer"].values()), str(row["cells"]), number(row["worst_ratio"]),
+         "nmm-serve" if row["faster"] else "vllm"]
+        for row in table
+    ]  # fmt: skip
+    print_table(
+        "Experts under vLLM",
+        ("gpu, dtype, hidden, intermediate, experts, top-k", "cells", "worst ratio", "kernels"),
+        rows,
+    )
+
+
+FORMAT = "nmm-serve/kernels/1"
+
+
+def describe(found: dict[str, Any]) -> dict[str, Any]:
+    """The record: the benchmark's numbers with time, seeds and versions."""
+    from datetime import UTC, datetime
+
+    from nmm_serve.evals.records import environment
+
+    return {
+        "format": FORMAT,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seeds": {"weights": 0, "inputs": 1},
+        "environment": environment(),
+        **found,
+    }
+
+
+def write(record: dict[str, Any], out: Path) -> None:
+    import json
+
+    from nmm_serve.evals.records import write_text
+
+    write_text(out, json.dumps(record, indent=2, allow_nan=False) + "\n")
+    note(f"Record: {out}")
+
+
+def show(record: dict[str, Any]) -> None:
+    """One row a cell: our times, the roofline, the best of the others."""
+    rows = [row(cell) for cell in record["cells"]]
+    columns = ("cell", "roofline µs", "graph µs [IQR]", "eager µs [IQR]", "of roofline", "best peer", "its µs", "ratio")
+    ceiling = record["roofline"]
+    rates = f"{ceiling['bandwidth'] / 1e12:.3g} TB/s and {ceiling['flop_rate'] / 1e12:.3g} TFLOP/s measured"
+    print_table(f"{record['device']['name']}, {record['dtype']}: {rates}", columns, rows)
+    means = record["geometric_mean"]
+    click.echo("Ratio to the best peer, geometric mean: " + ", ".join(f"{k} {number(v)}" for k, v in means.items()))
+    for name, state in record["peers"].items():
+        if state != "measured":
+            click.echo(f"{name}: {state}")
+    for cell in record["cells"]:
+        for result in cell["results"]:
+            if result["reason"] and result["reason"].startswith("wrong"):
+                click.echo(f"{cell['shape']} {cell['regime']} T={cell['tokens']}: {result['peer']} {result['reason']}")
+    if record["not_measured"]:
+        click.echo(f"Not measured, {len(record['not_measured'])}: {'; '.join(record['not_measured'])}")
+
+
+def row(cell: dict[str, Any]) -> Sequence[str]:
+    from nmm_serve.kernels.bench.peers import OURS
+
+    results = {result["peer"]: result for result in cell["results"]}
+    mine, best = results.get(OURS, {}), results.get(cell["best_peer"], {})
+    modes = [mine[mode] for mode in ("graph", "eager") if mode in mine]
+    theirs = [best[mode]["median_s"] for mode in ("graph", "eager") if mode in best]
+    return [
+        f"{cell['shape']} {cell['regime']} T={cell['tokens']} k={cell['top_k']} {cell['routing']}",
+        number(cell["roofline"]["seconds"] * 1e6),
+        spread(mine.get("graph")),
+        spread(mine.get("eager")),
+        f"{max(mode['of_roofline'] for mode in modes):.1%}" if modes else "-",
+        cell["best_peer"] or "-",
+        number(min(theirs) * 1e6) if theirs else "-",
+        number(cell["ratio_to_best_peer"]),
+    ]
+
+
+def spread(mode: dict[str, Any] | None) -> str:
+    if mode is None:
+        return "-"
+    low, high = (number(1e6 * seconds) for seconds in mode["quartiles_s"])
+    return f"{number(1e6 * mode['median_s'])} [{low}, {high}]"
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}" if value < 1000 else f"{value:,.0f}"

@@ -1,0 +1,109 @@
+"""The whole benchmark inside a given time, as the numbers of a record."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from nmm_serve.kernels.bench import check, roofline
+from nmm_serve.kernels.bench.device import Device
+from nmm_serve.kernels.bench.measure import CACHE_MULTIPLE, LEAST_ROUNDS, MOST_ROUNDS, make_copies, measure_cell
+from nmm_serve.kernels.bench.peers import PEERS, Peer
+from nmm_serve.kernels.bench.plan import Cell
+
+SHARE_TIMED = 0.5
+"""Of a cell's time; the other half is for building, checking and warming up."""
+
+DEFINITIONS = {
+    "seconds": "of the whole layer after the router's logits: choice of experts, sorting, products, combination; in "
+    "the train regime forward and backward with the gradients of x, the logits and all weights",
+    "samples": "one pass over all copies of the weights, divided by their number; peers take turns, A B C A B C",
+    "eager": "launched call by call from Python",
+    "graph": "the same pass replayed as one CUDA graph",
+    "of_roofline": "roofline seconds / median seconds; the roofline is the larger of least bytes / measured copy "
+    "bandwidth and operations / measured matrix rate, with only the experts that the routing uses",
+    "ratio_to_best_peer": "fastest peer's median / our median, each in its faster mode; above 1 we are faster",
+    "cold": f"copies of the weights used in turn hold more than {CACHE_MULTIPLE} times the L2 cache",
+    "check": f"relative error to float32 before timing, for {check.TOKENS} tokens of the cell, and in the train regime "
+    "of all gradients for a batch of those tokens",
+    "bound": "a peer with is_bound is no implementation: two batched products on equal, already sorted groups",
+    "rounds": f"at least {LEAST_ROUNDS}, at most {MOST_ROUNDS}, as the time allows",
+}
+
+
+def run(
+    cells: Sequence[Cell],
+    device: Device,
+    dtype: torch.dtype,
+    minutes: float,
+    peers: Sequence[Peer] = PEERS,
+    progress: Callable[[int, str], None] = lambda done, label: None,
+    now: Callable[[], float] = time.monotonic,
+) -> dict[str, Any]:
+    """Measure the cells in order while there is time for one more as slow as the last. Those that were not
+    reached are named in the result.
+
+    Each cell gets an equal part of the time that is left; what one does not use goes to those after it.
+    """
+    begin = now()
+    deadline = begin + 60 * minutes
+    ceiling = roofline.measure(device, dtype)
+    measured: list[dict[str, Any]] = []
+    skipped: list[str] = []
+    copies, made_for, last = [], None, 0.0
+    for index, cell in enumerate(cells):
+        start = now()
+        left = deadline - start
+        progress(index, cell.label)
+        if left <= last:
+            skipped += [cell.label for cell in cells[index:]]
+            break
+        training = cell.regime == "train"
+        if made_for != (cell.shape, training):
+            copies = []
+            device.free()
+            copies, made_for = make_copies(cell.shape, device, dtype, training), (cell.shape, training)
+        budget = SHARE_TIMED * left / (len(cells) - index)
+        try:
+            measured.append(measure_cell(cell, peers, copies, device, ceiling, budget, now))
+        except torch.OutOfMemoryError:
+            skipped.append(f"{cell.label}: the device has too little memory")
+        device.free()
+        last = now() - start
+    progress(len(cells), "")
+    return {
+        "device": {"kind": device.kind, "name": device.name, "cache_bytes": device.cache_bytes},
+        "dtype": str(dtype).removeprefix("torch."),
+        "definitions": DEFINITIONS,
+        "roofline": ceiling.as_dict(),
+        "minutes": {"allowed": minutes, "taken": (now() - begin) / 60},
+        "peers": {peer.name: presence(peer, measured) for peer in peers},
+        "cells": measured,
+        "not_measured": skipped,
+        "geometric_mean": geometric_means(measured),
+    }
+
+
+def presence(peer: Peer, cells: Sequence[dict[str, Any]]) -> str:
+    """`measured`, or why it never was; `absent` where its library is not installed."""
+    results = [result for cell in cells for result in cell["results"] if result["peer"] == peer.name]
+    if any("eager" in result for result in results):
+        return "measured"
+    reasons = sorted({result["reason"] for result in results if result["reason"]})
+    missing = [r for r in reasons if r.startswith(("ModuleNotFoundError", "ImportError"))]
+    if missing:
+        return f"absent ({missing[0]})"
+    return "; ".join(reasons) or "no cell was measured"
+
+
+def geometric_means(cells: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Of `ratio_to_best_peer`: of each regime, and of all. None where no cell has a ratio."""
+
+    def mean(chosen: Sequence[dict[str, Any]]) -> float | None:
+        ratios = [cell["ratio_to_best_peer"] for cell in chosen if cell["ratio_to_best_peer"] is not None]
+        return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
+
+    regimes = dict.fromkeys(cell["regime"] for cell in cells)
+    return {regime: mean([c for c in cells if c["regime"] == regime]) for regime in regimes} | {"all": mean(cells)}
