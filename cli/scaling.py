@@ -1,4 +1,4 @@
-"""nmm-train fit: scaling laws from the records of a sweep."""
+"""nmm-train sweep and fit: train many sizes and budgets, and fit scaling laws to them."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from nmm_serve.cli.errors import Command
-from nmm_serve.cli.render import note, print_json, print_table, progress_bars
+from nmm_serve.cli.render import note, print_json, print_table, progress_bars, stderr_console
 
 
 @click.command(cls=Command)
@@ -44,6 +44,124 @@ def fit(records: Path, as_json: bool, output: Path | None, bootstraps: int, seed
         print_json(document)
     else:
         _print_fits(document)
+
+
+@click.command(cls=Command)
+@click.argument("plan")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the sweep.")
+@click.option("--estimate", "only_estimate", is_flag=True, help="Say what it will cost, and stop.")
+@click.option("--ray", metavar="ADDRESS", help="Train on a Ray cluster that shares OUT; 'auto' finds a running one.")
+@click.option("--gpu-share", type=click.FloatRange(0), default=1.0, show_default=True, help="GPUs a run, with --ray.")
+def sweep(plan: str, out: Path, only_estimate: bool, ray: str | None, gpu_share: float) -> None:
+    """Train every run of PLAN, a shipped plan's name or a YAML file, into OUT; write OUT/records.jsonl for `fit`.
+
+    Each size is trained once, at a constant rate; its budgets branch off with a cool-down. A sweep that was stopped or
+    killed goes on when you type the same command again. Shipped plans: compact (2 cores, overnight), gpu-20min, paper.
+
+    \b
+    Examples:
+      nmm-train sweep compact --out sweep --estimate
+      nmm-train sweep compact --out sweep
+    """
+    import torch
+
+    from nmm_serve.train.sweep.estimate import count_all, estimate
+    from nmm_serve.train.sweep.plan import load_plan
+    from nmm_serve.train.sweep.pools import LocalPool, Pool, RayPool
+    from nmm_serve.train.sweep.run import Sweep
+    from nmm_serve.train.throughput import gemm_rate
+
+    loaded = load_plan(plan)
+    study = Sweep(loaded, out)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(loaded.threads)
+    rate = gemm_rate(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    counts = count_all(list(study.runs.values()), study.processor)
+    cost = estimate(loaded, list(study.runs.values()), counts, rate)
+    small, large = cost.smallest.active / 1e6, cost.largest.active / 1e6
+    note(f"{cost.runs} runs off {cost.trunks} trunks, {small:.2f}M to {large:.2f}M active parameters")
+    note(f"{cost.flops:.2e} FLOPs ({cost.flops_alone:.2e} without shared trunks), {cost.disk / 1e9:.2f} GB on disk")
+    note(
+        f"about {cost.seconds / 3600:.1f} h with {loaded.workers} at a time, "
+        f"if each reaches {loaded.utilisation:.0%} of the {rate / 1e9:.0f} GFLOP/s measured on {device}"
+    )
+    if only_estimate:
+        return
+    pool: Pool
+    if ray is not None:
+        pool = RayPool(ray, loaded.workers, loaded.threads, gpu_share)
+    else:
+        pool = LocalPool(loaded.workers, loaded.threads)
+    try:
+        with SweepTable() as table:
+            records = study.train(pool, table)
+    finally:
+        pool.close()
+    note(f"records: {records}")
+
+
+class SweepTable:
+    """The live table of a sweep's runs; without a terminal, a line for each run that starts, ends or fails."""
+
+    def __enter__(self) -> "SweepTable":
+        import time
+
+        from rich.live import Live
+
+        console = stderr_console()
+        self.live = Live(console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
+        self.told: dict[str, tuple[str, int]] = {}
+        self.began = time.monotonic()
+        self.steps_before: int | None = None
+        if self.live is not None:
+            self.live.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def __call__(self, sweep: Any) -> None:
+        for name, state in sweep.states.items():
+            news = (state.status, len(state.problems))
+            if self.told.get(name, ("waiting", 0)) != news:
+                problem = f": {state.problems[-1]}" if len(state.problems) > self.told.get(name, ("", 0))[1] else ""
+                if problem or self.live is None:
+                    note(f"{name}: {state.status}{problem}")
+            self.told[name] = news
+        if self.live is not None:
+            self.live.update(self._table(sweep))
+
+    def _table(self, sweep: Any) -> Any:
+        from rich.table import Table
+
+        from nmm_serve.train.log import progress
+
+        count = dict.fromkeys(("done", "running", "waiting", "failed"), 0)
+        for state in sweep.states.values():
+            count[state.status] += 1
+        table = Table(title=", ".join(f"{n} {status}" for status, n in count.items()) + self._left(sweep))
+        for column in ("run", "step", "loss", "tries", ""):
+            table.add_column(column, justify="left" if column in ("run", "") else "right")
+        for name, state in sweep.states.items():
+            if state.status not in ("running", "failed"):
+                continue
+            seen = progress(sweep.folder(name))
+            step = f"{seen.step} / {seen.steps}" if seen else "-"
+            loss = f"{seen.loss:.3f}" if seen and seen.loss is not None else "-"
+            table.add_row(name, step, loss, str(len(state.problems) + 1), state.status)
+        return table
+
+    def _left(self, sweep: Any) -> str:
+        import time
+
+        steps = sum(sweep.steps_done(name) for name in sweep.runs)
+        if self.steps_before is None:
+            self.steps_before = steps
+        made, left = steps - self.steps_before, sum(r.own_steps for r in sweep.runs.values()) - steps
+        if not made:
+            return ""
+        return f"; about {left / made * (time.monotonic() - self.began) / 60:.0f} min left at the speed so far"
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import click
 
 from nmm_serve.cli.errors import Group
 from nmm_serve.cli.render import note, print_table, progress_bars
-from nmm_serve.cli.scaling import fit
+from nmm_serve.cli.scaling import fit, sweep
 
 
 @click.group(cls=Group)
@@ -15,6 +15,7 @@ def main() -> None:
     """Train native multimodal models from scratch."""
 
 
+main.add_command(sweep)
 main.add_command(fit)
 
 

@@ -35,6 +35,9 @@ PAPER = {
 """Table 6 (8.13b: held out, from arXiv 2507.09404). MoE models take the early sizes: those are their active ones."""
 
 COMPACT = {
+    "atto": Preset(32, 2, intermediate_size=96, peak_lr=4e-3),
+    "femto": Preset(64, 2, intermediate_size=192, peak_lr=4e-3),
+    "pico": Preset(96, 3, intermediate_size=256, peak_lr=3e-3),
     "nano": Preset(128, 4, intermediate_size=352, peak_lr=2e-3),
     "tiny": Preset(192, 6, intermediate_size=512, peak_lr=2e-3),
     "mini": Preset(256, 8, intermediate_size=704, peak_lr=1.5e-3),
@@ -42,7 +45,7 @@ COMPACT = {
     "base": Preset(512, 16, intermediate_size=1376, peak_lr=1e-3),
     "large": Preset(768, 16, intermediate_size=2048, peak_lr=8e-4),
 }
-"""About 1M to 110M parameters besides the embeddings. SwiGLU width near 8/3 of the model's, in steps of 32."""
+"""About 0.03M to 110M parameters besides the embeddings. SwiGLU width near 8/3 of the model's, in steps of 32."""
 
 PRESETS = {**PAPER, **COMPACT}
 

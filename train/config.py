@@ -96,6 +96,8 @@ class TrainConfig:
     save_every: int = 200
     keep: int = 2
     """Resume checkpoints to keep."""
+    save_at: tuple[int, ...] = ()
+    """Steps whose resume checkpoints are kept for good: where runs with another budget branch off."""
     max_bad_steps: int = 5
     """Stop after so many steps in a row with a NaN or infinite loss or gradient."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -108,6 +110,8 @@ class TrainConfig:
         for name in ("steps", "context_length", "rows", "accumulate", "log_every", "eval_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if any(not 1 <= step <= self.steps for step in self.save_at):
+            raise ConfigError(f"save_at {list(self.save_at)} must name steps from 1 to {self.steps}")
         if not self.data.sources:
             raise ConfigError("data.sources is empty; name at least one source (see the recipes: nmm-train recipes)")
         if not 0 <= self.schedule.cooldown <= 1:
@@ -158,7 +162,12 @@ def load_config(recipe: str, overrides: typing.Sequence[str] = ()) -> TrainConfi
             if not isinstance(target, dict):
                 raise ConfigError(f"--set {key}: {parent!r} is not a section")
         target[last] = yaml.safe_load(value)
-    config = _build(TrainConfig, values, "")
+    return config_from(values)
+
+
+def config_from(values: dict[str, Any]) -> TrainConfig:
+    """The configuration that nested keys describe. Raises ConfigError naming the key."""
+    config: TrainConfig = _build(TrainConfig, values, "")
     config.validate()
     return config
 
@@ -187,6 +196,10 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         if value is None and type(None) in args:
             return None
         return _convert(next(a for a in args if a is not type(None)), value, name)
+    if origin is tuple and args[-1] is ...:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{name} must be a list, not {value!r}")
+        return tuple(_convert(args[0], v, name) for v in value)
     if origin is tuple:
         if not isinstance(value, (list, tuple)) or len(value) != len(args):
             raise ConfigError(f"{name} must be a list of {len(args)} values, not {value!r}")

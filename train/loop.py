@@ -127,7 +127,8 @@ class Trainer:
                     raise TrainingError(
                         f"stopped by {name} after step {self.step}; {path} is saved: run the same command to go on"
                     )
-                if self.step % config.save_every == 0 and self.step < config.steps:
+                regular = self.step % config.save_every == 0 and self.step < config.steps
+                if regular or self.step in config.save_at:
                     self.save()
         save_checkpoint(self.out / "final", self.model, self.processor, self.run_record())
         self._report({"event": "done", "step": self.step, "path": str(self.out / "final")})
@@ -218,8 +219,8 @@ class Trainer:
             "torch_rng": rng_state(),
         }
         path = save_resume(
-            self.out / "checkpoints", self.step, self.config.keep, self.model, self.processor, self.optimizer,
-            self.run_record(), state,
+            self.out / "checkpoints", self.step, self.config.keep, self.config.save_at, self.model, self.processor,
+            self.optimizer, self.run_record(), state,
         )  # fmt: skip
         self._report({"event": "saved", "step": self.step, "path": str(path)})
         return path

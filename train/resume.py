@@ -5,8 +5,10 @@ A resume checkpoint is a whole checkpoint (any engine can open it) with a `train
 
 import hashlib
 import json
+import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,11 @@ from nmm_serve.errors import CheckpointError
 STEP = re.compile(r"step-(\d{8})")
 
 
-def save_resume(folder: Path, step: int, keep: int, model, processor, optimizer, run: dict, state: dict) -> Path:
-    """Publish `folder/step-N`, then delete all but the newest `keep`: never before the new one is durable."""
+def save_resume(
+    folder: Path, step: int, keep: int, keep_steps: Sequence[int], model, processor, optimizer, run: dict, state: dict
+) -> Path:
+    """Publish `folder/step-N`, then delete all but the newest `keep` and those of `keep_steps`: never before the new
+    one is durable."""
     path = folder / f"step-{step:08d}"
     with atomic_directory(path) as staging:
         write_checkpoint(staging, model, processor, run)
@@ -29,9 +34,34 @@ def save_resume(folder: Path, step: int, keep: int, model, processor, optimizer,
         save_file(_optimizer_tensors(model, optimizer), training / "optimizer.safetensors")
         digests = {name: _sha256(staging / name) for name in (WEIGHTS, "training/optimizer.safetensors")}
         (training / "state.json").write_text(json.dumps({"step": step, "sha256": digests, **state}))
-    for old in resume_points(folder)[:-keep]:
+    others = [point for point in resume_points(folder) if step_of(point) not in keep_steps]
+    for old in others[:-keep]:
         shutil.rmtree(old)
     return path
+
+
+def step_of(point: Path) -> int:
+    """The step that a resume checkpoint was saved after."""
+    return int(point.name.removeprefix("step-"))
+
+
+def branch_off(point: Path, folder: Path) -> None:
+    """Start another run in `folder` at a resume checkpoint: its files are linked, not copied, where the disk can.
+
+    The run goes on from there under a configuration of its own. Does nothing in a folder that has started.
+    """
+    target = folder / "checkpoints" / point.name
+    if resume_points(target.parent) or (folder / "final").is_dir():
+        return
+    with atomic_directory(target) as staging:
+        shutil.copytree(point, staging, copy_function=_link, dirs_exist_ok=True)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copy2(source, target)
 
 
 def resume_points(folder: Path) -> list[Path]:

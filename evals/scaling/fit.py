@@ -27,6 +27,7 @@ FEWEST = PARAMETERS + 1
 LEVEL = 0.95
 _SCOUTS = 96
 """At most so many records, spread over the design, judge the 1764 starts; the best go on with all records."""
+_SORTED_AFTER, _PROMISING = 10, 300
 _KEPT = 24
 
 _NO_FLOOR = float(np.log(1e-3))
@@ -228,10 +229,11 @@ def resampled_interval(value_S: Array) -> tuple[float, float]:
 
 
 def best_theta(runs: Runs, space: Space) -> tuple[Array, float]:
-    """L-BFGS from every start of the paper's grid, the lowest kept."""
+    """L-BFGS from every start of the paper's grid; after a few steps the most promising go on; the lowest is kept."""
     design = space.design(runs)
     scouts = design if len(runs) <= _SCOUTS else design.rows(_spread(runs, _SCOUTS))
-    theta_SP, value_S = lbfgs(scouts, space.starts())
+    theta_SP, value_S = lbfgs(scouts, space.starts(), iterations=_SORTED_AFTER)
+    theta_SP, value_S = lbfgs(scouts, theta_SP[np.argsort(value_S)[:_PROMISING]])
     chosen_SP = theta_SP[_distinct(theta_SP, value_S)]
     theta_SP, value_S = polish(design, chosen_SP)
     best = theta_SP[int(np.argmin(value_S))][None]

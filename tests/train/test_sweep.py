@@ -1,0 +1,213 @@
+"""Sweeps: what a plan expands to, branches that equal runs of their own, kills, failures and retries."""
+
+import copy
+import json
+import multiprocessing
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_sweep import PLAN, InlinePool, sweep_once, write_plan
+
+from nmm_serve.checkpoint import checkpoint_hash
+from nmm_serve.errors import ConfigError, TrainingError
+from nmm_serve.train.config import config_from
+from nmm_serve.train.loop import train
+from nmm_serve.train.sweep.estimate import count_all, estimate
+from nmm_serve.train.sweep.plan import expand, load_plan, merged, plan_names
+from nmm_serve.train.sweep.pools import LocalPool, RayPool
+from nmm_serve.train.sweep.run import Sweep
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sweep")
+    torch.set_num_threads(1)
+    sweep_once(write_plan(folder / "plan.yaml"), str(folder / "out"))
+    return folder / "out"
+
+
+def records(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
+
+
+def test_plan_expands_to_trunks_and_branches(tmp_path):
+    plan = load_plan(
+        write_plan(
+            tmp_path / "p.yaml",
+            families={"early": None, "moe": {"schedule": {"warmup_steps": 3}}},
+            sizes={"atto": {"optimizer": {"lr": 1e-3}}, "nano": {"only": ["early"]}},
+            mixtures={"half": {"caption": 1, "text": 1}, "words": {"text": 1}},
+            seeds=[0, 1],
+        )
+    )
+    runs = expand(plan)
+    trunks = [run for run in runs if run.trunk is None]
+    assert len(trunks) == 3 * 2 * 2
+    assert len(runs) == 3 * len(trunks)
+    assert len({run.name for run in runs}) == len(runs)
+    trunk, short, long = (run.config for run in runs[:3])
+    # 3200 and 6400 tokens in rows of 2 x 320: 5 and 10 steps, of which 2 and 4 cool down
+    assert (short.steps, long.steps, trunk.steps, trunk.save_at) == (5, 10, 6, (3, 6))
+    assert (trunk.schedule.cooldown, long.schedule.cooldown) == (0.0, 0.4)
+    assert runs[2].own_steps == 4
+    assert {run.config.optimizer.lr for run in runs if run.size == "atto"} == {1e-3}
+    assert {run.config.schedule.warmup_steps for run in runs if run.family == "moe"} == {3}
+    words = next(run for run in runs if run.mixture == "words")
+    assert [source["name"] for source in words.config.data.sources] == ["text"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"familes": ["early"]}, "Did you mean families"),
+        ({"families": ["erly"]}, "Did you mean 'early'"),
+        ({"sizes": ["gigantic"]}, "unknown model preset 'gigantic'"),
+        ({"tokens": []}, "lacks tokens"),
+        ({"tokens": ["many"]}, "tokens must be numbers"),
+        ({"tokens": [-1]}, "tokens must be positive"),
+        ({"tokens": [640]}, "do not fit"),
+        ({"seeds": [0.5]}, "seeds"),
+        ({"cooldown": 1.5}, "cooldown"),
+        ({"workers": 0}, "workers"),
+        ({"utilisation": 2}, "utilisation"),
+        ({"mixtures": {"m": {"captions": 1}}}, "Did you mean 'caption'"),
+        ({"base": {"rowz": 1}}, "Did you mean rows"),
+        ({"sizes": {"atto": {"only": ["late"]}}}, "leaves no run"),
+    ],
+)  # fmt: skip
+def test_faulty_plans_are_named(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        expand(load_plan(write_plan(tmp_path / "p.yaml", **changes)))
+
+
+def test_shipped_plans_expand():
+    assert plan_names() == ["compact", "gpu-20min", "paper"]
+    for name in plan_names():
+        plan = load_plan(name)
+        runs = expand(plan)
+        assert {run.family for run in runs} >= {"early", "late", "moe"}
+        assert all(run.config.data.validation for run in runs)
+    with pytest.raises(ConfigError, match="Did you mean 'compact'"):
+        load_plan("compct")
+
+
+def test_the_papers_plan_has_its_sizes_and_budgets():
+    branches = [run for run in expand(load_plan("paper")) if run.trunk is not None]
+    assert {run.size for run in branches if run.family == "late"} >= {"late-289m", "late-3.7b"}
+    config = branches[0].config
+    assert config.rows * config.accumulate * config.context_length == 2 * 1024 * 1024
+    tokens = [run.config.steps * 2 * 1024 * 1024 for run in branches]
+    assert max(tokens) == pytest.approx(6e11, rel=0.01)
+
+
+def test_a_branch_is_the_run_trained_alone(swept, tmp_path):
+    """One trunk serves both budgets, and neither can tell: weights equal those of a run of that budget alone."""
+    plan = load_plan(write_plan(tmp_path / "p.yaml"))
+    for run in expand(plan, str(swept / "tokenizer"))[1:]:
+        alone = train(run.config, tmp_path / run.name)
+        assert checkpoint_hash(alone) == checkpoint_hash(swept / "runs" / run.name / "final")
+
+
+def test_records_are_what_fit_reads(swept):
+    from nmm_serve.evals.scaling.records import load_records
+
+    short, long = records(swept)
+    assert (short["family"], short["trunk"], short["steps"], long["steps"]) == ("early", "early-atto", 5, 10)
+    assert short["loss"] == pytest.approx(short["losses"]["text"])
+    assert short["flops"] == 6 * short["n_params"] * short["tokens"]
+    assert len(load_records(swept / "records.jsonl").runs) == 2
+
+
+def test_a_finished_sweep_is_left_alone_and_another_plan_refused(swept, tmp_path):
+    pool = InlinePool()
+    Sweep(load_plan(write_plan(tmp_path / "p.yaml")), swept).train(pool)
+    assert pool.order == []
+    base = merged(PLAN["base"], {"log_every": 2})
+    with pytest.raises(ConfigError, match="another base"):
+        Sweep(load_plan(write_plan(tmp_path / "q.yaml", base=base)), swept)
+
+
+def test_a_failed_run_is_tried_again_and_then_named(tmp_path):
+    plan = load_plan(write_plan(tmp_path / "p.yaml", retries=1))
+    pool = InlinePool({"early-atto": 1, "early-atto-6.4k": 5})
+    sweep = Sweep(plan, tmp_path / "out")
+    with pytest.raises(TrainingError, match="1 of 3 runs did not end: early-atto-6.4k: no space left on device"):
+        sweep.train(pool)
+    assert pool.order == ["early-atto", "early-atto", "early-atto-3.2k", "early-atto-6.4k", "early-atto-6.4k"]
+    assert [record["name"] for record in records(tmp_path / "out")] == ["early-atto-3.2k"]
+    again = InlinePool()
+    Sweep(plan, tmp_path / "out").train(again)
+    assert again.order == ["early-atto-6.4k"]
+    assert len(records(tmp_path / "out")) == 2
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_the_records_are_those_of_an_undisturbed_sweep(swept, tmp_path):
+    plan, out = write_plan(tmp_path / "p.yaml"), tmp_path / "out"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["nmm_serve.train.sweep.run", "nmm_serve.train.loop"])
+    dice, kills = random.Random(1), 0
+    for _ in range(60):
+        life = context.Process(target=sweep_once, args=(plan, str(out)))
+        life.start()
+        if kills < 20:
+            life.join(dice.uniform(0.2, 2.0))
+            if life.is_alive():
+                life.kill()
+                kills += 1
+        life.join()
+        if life.exitcode == 0:
+            break
+    assert life.exitcode == 0
+    assert kills >= 5
+    assert records(out) == records(swept)
+
+
+def test_a_worker_that_dies_is_replaced_and_the_job_told(tmp_path):
+    values = config_from(merged(copy.deepcopy(PLAN["base"]), {"steps": 400, "model": {"preset": "atto"}})).to_dict()
+    pool = LocalPool(workers=1, threads=1)
+    try:
+        pool.submit("long", values, tmp_path / "long")
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "long/log.jsonl").is_file() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        pool._busy["long"].process.kill()
+        assert pool.results(60) == [("long", "its process died with exit code -9")]
+        pool.submit("bad", merged(values, {"data": {"sources": [{"name": "x", "kind": "nothing"}]}}), tmp_path / "bad")
+        ((name, problem),) = pool.results(120)
+        assert name == "bad"
+        assert "nothing" in problem
+        assert pool.free == 1
+    finally:
+        pool.close()
+
+
+def test_estimate_counts_shared_trunks_once(tmp_path, swept):
+    plan = load_plan(write_plan(tmp_path / "p.yaml"))
+    sweep = Sweep(plan, swept)
+    runs = list(sweep.runs.values())
+    cost = estimate(plan, runs, count_all(runs, sweep.processor), rate=1e9)
+    assert (cost.runs, cost.trunks) == (2, 1)
+    # 6 steps of the trunk, 2 + 4 of cool-downs; alone 5 + 10
+    assert cost.flops / cost.flops_alone == pytest.approx(12 / 15)
+    assert cost.seconds == pytest.approx(cost.flops / (0.25 * 1e9))
+
+
+def test_ray_is_optional():
+    pytest.importorskip("nmm_serve.train.sweep.pools")
+    try:
+        import ray  # noqa: F401
+    except ImportError:
+        with pytest.raises(ConfigError, match="pip install 'nmm-serve\\[sweep\\]'"):
+            RayPool("auto", 1, 1, 0)
