@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from nmm_serve.cli.compare import compare
 from nmm_serve.cli.errors import Group, ItemsFailed
 from nmm_serve.cli.render import note, print_json, print_table, progress_bars, quiet_stdout
 from nmm_serve.cli.score import score
@@ -20,6 +21,7 @@ def main() -> None:
 
 
 main.add_command(score)
+main.add_command(compare)
 
 
 def _evaluation(command: Callable[..., None]) -> Callable[..., None]:

@@ -28,6 +28,7 @@ def _ngrams(tokens: str) -> Counter[tuple[str, ...]]:
 
 
 def _num_bigrams(grams: Counter[tuple[str, ...]]) -> int:
+    """CIDEr-D's length of a caption."""
     return sum(count for gram, count in grams.items() if len(gram) == 2)
 
 
@@ -53,7 +54,7 @@ class _Sparse:
     def dot(self, weights_V: Array) -> Array:
         terms_E = self._values_E * weights_V[self._columns_E]
         flat = np.bincount(self._cells_E, weights=terms_E, minlength=self._num_rows * ORDERS)
-        return flat.reshape(self._num_rows, ORDERS)
+        return flat.astype(float).reshape(self._num_rows, ORDERS)  # of no entries at all, bincount makes integers
 
 
 class CiderResampler:
@@ -87,10 +88,7 @@ class CiderResampler:
                     if gram in hyp:
                         # CIDEr-D clips the hypothesis's count at the reference's.
                         self._overlap.add(pair, len(gram) - 1, column, min(hyp[gram], count) * count)
-                # The official length is the number of bigrams.
-                length_gap.append(
-                    sum(c for g, c in hyp.items() if len(g) == 2) - sum(c for g, c in ref.items() if len(g) == 2)
-                )
+                length_gap.append(_num_bigrams(hyp) - _num_bigrams(ref))
                 image_of_pair.append(image)
                 pair += 1
             document_images += [image] * len(in_references)

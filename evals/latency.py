@@ -115,10 +115,10 @@ def summarise(outputs: Sequence[Output], wall_s: float, output_tokens: int, seed
         "short": sum(n != output_tokens for n in tokens),
         "requests_per_s": len(good) / wall_s if good else None,
         "output_tokens_per_s": sum(tokens) / wall_s if good else None,
-        "ttft_s": _quantiles([t.ttft_s for t in timings], seed),
-        "tpot_s": _quantiles([_tpot(output) for output in good if output.num_tokens > 1], seed),
+        "ttft_s": _quantiles([t.ttft_s for t in timings], seed, keep=True),
+        "tpot_s": _quantiles([_tpot(output) for output in good if output.num_tokens > 1], seed, keep=True),
         "itl_s": _quantiles(gaps, seed),
-        "e2e_s": _quantiles([t.e2e_s for t in timings], seed),
+        "e2e_s": _quantiles([t.e2e_s for t in timings], seed, keep=True),
     }
 
 
@@ -129,7 +129,8 @@ def _tpot(output: Output) -> float | None:
     return (timing.e2e_s - timing.ttft_s) / (output.num_tokens - 1)
 
 
-def _quantiles(values: Sequence[float | None], seed: int) -> dict[str, Any]:
+def _quantiles(values: Sequence[float | None], seed: int, keep: bool = False) -> dict[str, Any]:
+    """`keep` puts the single values into the record too: a comparison of two runs draws from them."""
     known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
         lacking = len(values) - len(known)
@@ -140,6 +141,8 @@ def _quantiles(values: Sequence[float | None], seed: int) -> dict[str, Any]:
     for quantile, interval in zip(QUANTILES, intervals, strict=True):
         summary[f"p{100 * quantile:g}"] = float(np.quantile(known, quantile))
         summary[f"p{100 * quantile:g}_interval"] = interval.as_dict() if interval else None
+    if keep:
+        summary["values"] = known
     return summary
 
 

@@ -10,7 +10,7 @@ import platform
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -226,3 +226,17 @@ def load_items(record_path: Path, record: Record) -> list[dict[str, Any]]:
     if hashlib.sha256(payload).hexdigest() != listed["sha256"]:
         raise DataError(f"{path} does not belong to {record_path}: its content was changed")
     return [json.loads(line) for line in payload.decode().split("\n") if line]
+
+
+def tell_apart(records: Sequence[Record]) -> None:
+    """Records of one model under two engines get the engine into their name, and whatever is still equal a number."""
+    names = [record["model"]["name"] for record in records]
+    for record in records:
+        if names.count(record["model"]["name"]) > 1:
+            record["model"] = record["model"] | {"name": f"{record['model']['name']} ({record['engine']['name']})"}
+    seen: dict[str, int] = {}
+    for record in records:
+        name = record["model"]["name"]
+        seen[name] = seen.get(name, 0) + 1
+        if seen[name] > 1:
+            record["model"] = record["model"] | {"name": f"{name} #{seen[name]}"}

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from nmm_serve.evals import plots
-from nmm_serve.evals.records import Record, load_items, load_record, write_text
+from nmm_serve.evals.records import Record, load_items, load_record, tell_apart, write_text
 from nmm_serve.evals.table import comparison, remarks
 
 _QUESTIONS_PER_IMAGE = 4
@@ -22,7 +22,7 @@ def write_report(paths: Sequence[Path], output: Path, *, title: str = "Model com
     """
     records = [load_record(path) for path in paths]
     items = [load_items(path, record) for path, record in zip(paths, records, strict=True)]
-    _tell_apart(records)
+    tell_apart(records)
     columns, rows = comparison(records)
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -43,20 +43,6 @@ def write_report(paths: Sequence[Path], output: Path, *, title: str = "Model com
         provenance=[_provenance(record) for record in records],
     )
     write_text(output, page)
-
-
-def _tell_apart(records: Sequence[Record]) -> None:
-    """Records of one model under two engines get the engine into their name, and whatever is still equal a number."""
-    names = [record["model"]["name"] for record in records]
-    for record in records:
-        if names.count(record["model"]["name"]) > 1:
-            record["model"] = record["model"] | {"name": f"{record['model']['name']} ({record['engine']['name']})"}
-    seen: dict[str, int] = {}
-    for record in records:
-        name = record["model"]["name"]
-        seen[name] = seen.get(name, 0) + 1
-        if seen[name] > 1:
-            record["model"] = record["model"] | {"name": f"{name} #{seen[name]}"}
 
 
 def _best_rows(columns: Sequence[Any], rows: Sequence[Sequence[Any]]) -> list[int | None]:

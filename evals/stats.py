@@ -99,6 +99,12 @@ def _mean_of_resamples(counts_RC: Array, sums_C: Array, sizes_C: Array) -> Array
         return (counts_RC @ sums_C) / (counts_RC @ sizes_C)
 
 
+def mean_statistic(values: Sequence[float] | Array, index_N: Array, num_clusters: int) -> Callable[[Array], Array]:
+    """The mean of `values` over a draw of clusters, for `bootstrap`. `index_N` tells each value's cluster."""
+    sums_C, sizes_C = _cluster_sums(np.asarray(values, dtype=float), index_N, num_clusters)
+    return lambda counts_RC: _mean_of_resamples(counts_RC, sums_C, sizes_C)
+
+
 def mean_interval(
     values: Sequence[float] | Array,
     clusters: Sequence[Hashable],
@@ -114,8 +120,7 @@ def mean_interval(
     index_N, num_clusters = cluster_index(clusters)
     if num_clusters < 2:
         return None
-    sums_C, sizes_C = _cluster_sums(values_N, index_N, num_clusters)
-    means_R = bootstrap(lambda counts_RC: _mean_of_resamples(counts_RC, sums_C, sizes_C), num_clusters, resamples, seed)
+    means_R = bootstrap(mean_statistic(values_N, index_N, num_clusters), num_clusters, resamples, seed)
     return percentile_interval(means_R, num_clusters, unit, level)
 
 
@@ -136,10 +141,7 @@ def paired_difference(
     difference = float(delta_N.mean())
     if num_clusters < 2:
         return Difference(difference, None, None)
-    sums_C, sizes_C = _cluster_sums(delta_N, index_N, num_clusters)
-    deltas_R = bootstrap(
-        lambda counts_RC: _mean_of_resamples(counts_RC, sums_C, sizes_C), num_clusters, resamples, seed
-    )
+    deltas_R = bootstrap(mean_statistic(delta_N, index_N, num_clusters), num_clusters, resamples, seed)
     return Difference(difference, percentile_interval(deltas_R, num_clusters, unit, level), sign_p_value(deltas_R))
 
 
@@ -148,6 +150,17 @@ def sign_p_value(deltas_R: Array) -> float:
     resamples = len(deltas_R)
     tail = min(np.count_nonzero(deltas_R <= 0), np.count_nonzero(deltas_R >= 0))
     return float(min(1.0, 2 * (tail + 1) / (resamples + 1)))
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm's step-down correction: p-values that hold for all tests together. None stays None."""
+    known = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for rank, (p, i) in enumerate(known):
+        largest = max(largest, min(1.0, p * (len(known) - rank)))
+        adjusted[i] = largest
+    return adjusted
 
 
 def quantile_intervals(

@@ -153,6 +153,21 @@ def test_table_and_report_of_several_records(data, engine, tmp_path):
     assert "</html>" in (tmp_path / "out.html").read_text()
 
 
+def test_compare_prints_tables_or_one_document_and_writes_it(data, engine, tmp_path):
+    for name in ("a", "b"):
+        assert run("vqa", "--model", name, "--data", data, "-o", f"{name}.json").exit_code == 0
+    tables = run("compare", "a.json", "b.json")
+    assert tables.exit_code == 0, tables.stderr
+    assert "cannot tell" in tables.stdout
+    document = run("compare", "a.json", "b.json", "--json", "-o", "c.json")
+    assert document.exit_code == 0, document.stderr
+    assert json.loads(document.stdout) == json.loads((tmp_path / "c.json").read_text())
+    assert next(iter(json.loads(document.stdout)["metrics"])) == "VQA accuracy %"
+    alone = run("compare", "a.json")
+    assert (alone.exit_code, alone.stdout) == (1, "")
+    assert "two or more" in alone.stderr
+
+
 def test_help_does_not_load_torch():
     code = (
         "import sys\nfrom nmm_serve.cli.eval import main\n"

@@ -59,6 +59,15 @@ def test_cider_resampler_equals_pycocoevalcap():
         assert found == pytest.approx(expected, abs=1e-9)
 
 
+def test_captions_that_match_nothing_score_zero():
+    images, predictions = make(4)
+    scored = caption.score(images, dict.fromkeys(predictions, "zebra"), tokenizer=FallbackTokenizer(), resamples=10)
+    assert scored.overall["CIDEr"] == 0
+    interval = scored.intervals["CIDEr"]
+    assert interval is not None
+    assert (interval.low, interval.high) == (0, 0)
+
+
 def test_bleu_of_resamples_equals_pycocoevalcap():
     from pycocoevalcap.bleu.bleu import Bleu
 

@@ -1,0 +1,364 @@
+"""Compare models by their records: paired tests over the same items, intervals, effect sizes, and a careful ranking.
+
+Whole images are drawn with replacement, the same ones for every model, and each metric is computed anew on every draw:
+CIDEr and BLEU are no means over images, so averaging their per-image scores would test another quantity. Times are
+compared unpaired, since no two runs serve the same moment.
+
+Shape suffixes: R resamples, C clusters (images or requests), N items, M models.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nmm_serve.errors import DataError
+from nmm_serve.evals import caption, stats
+from nmm_serve.evals.cider import CiderResampler
+from nmm_serve.evals.records import Record, load_items, load_record, tell_apart
+
+FORMAT = "nmm-serve/comparison/1"
+SIGNIFICANCE = 0.05
+RESAMPLES_PER_PAIR = 200
+"""At least so many, or Holm's correction could never call a difference real among many models."""
+
+DEFINITIONS = {
+    "difference": "score of a minus score of b on the same items",
+    "interval": "95 % percentile bootstrap interval, drawing whole images, the same for both models",
+    "p_value": "two-sided: twice the smaller share of resampled differences on one side of zero; not below 2/(R+1)",
+    "p_holm": "p_value after Holm's correction over all pairs of this metric",
+    "effect_size": (
+        "difference / (bootstrap standard error x sqrt(images)); for a mean this is the mean difference in standard "
+        "deviations of the per-image differences (Cohen's d for pairs)"
+    ),
+    "rank": (
+        "1 + the number of models that are better with p_holm < 0.05, to the number of models - those that are worse; "
+        "a range says that the order inside it cannot be told"
+    ),
+    "times": "medians; requests are drawn for each model by itself; images above read requests",
+    "METEOR": "mean over images of METEOR 1.5, not the corpus score, which only Java can resample",
+}
+
+Statistic = Callable[[stats.Array], stats.Array]
+"""Maps counts_RC to values_R."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One quantity of every model, and how to compute it on a draw. `paired`: one draw serves all models."""
+
+    name: str
+    statistics: tuple[Statistic, ...]
+    clusters: tuple[int, ...]
+    n: int
+    higher_is_better: bool = True
+    paired: bool = True
+
+
+def compare(
+    paths: Sequence[Path], *, seed: int = 0, progress: Callable[[int, int], None] = lambda _done, _total: None
+) -> dict[str, Any]:
+    """Compare the records at `paths`, two or more, and return one JSON document.
+
+    What only some records hold, or what has failed items, stands under `left_out` with the reason.
+
+    Raises DataError when there are fewer than two records, when a task was run on different data or items, or when
+    nothing is left to compare.
+    """
+    if len(paths) < 2:
+        raise DataError(f"there is nothing to compare with {len(paths)} record; give two or more")
+    records = [load_record(path) for path in paths]
+    tell_apart(records)
+    names = [record["model"]["name"] for record in records]
+    left_out: dict[str, str] = {}
+    measures: list[Measure] = []
+    for task, build in (("vqa", _vqa_measures), ("caption", _caption_measures), ("latency", _latency_measures)):
+        reason = _unusable(task, records)
+        if reason is not None:
+            left_out[task] = reason
+            continue
+        items: list[list[dict[str, Any]]] = []
+        if task != "latency":
+            _check_same_data(task, records)
+            items = [
+                [item for item in load_items(path, record) if item["task"] == task]
+                for path, record in zip(paths, records, strict=True)
+            ]
+        measures += build(records, items, left_out)
+    left_out = {name: reason for name, reason in left_out.items() if reason}
+    if not measures:
+        raise DataError("these records cannot be compared: " + "; ".join(f"{k}: {v}" for k, v in left_out.items()))
+    pairs = len(names) * (len(names) - 1) // 2
+    resamples = max(stats.RESAMPLES, RESAMPLES_PER_PAIR * pairs)
+    metrics = {}
+    for done, measure in enumerate(measures):
+        progress(done, len(measures))
+        metrics[measure.name] = _judge(measure, names, resamples, seed)
+    progress(len(measures), len(measures))
+    return {
+        "format": FORMAT,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": seed,
+        "resamples": resamples,
+        "level": stats.LEVEL,
+        "definitions": DEFINITIONS,
+        "models": [
+            {"name": name, "record": str(path), "hash": record["model"]["hash"], "engine": record["engine"]["name"]}
+            for name, path, record in zip(names, paths, records, strict=True)
+        ],
+        "metrics": metrics,
+        "left_out": left_out,
+        "final": all(record["final"] for record in records),
+    }
+
+
+def _unusable(task: str, records: Sequence[Record]) -> str | None:
+    """Why a task cannot be compared, "" when no record has it, None when it can."""
+    having = [record for record in records if task in record["tasks"]]
+    if not having:
+        return ""
+    if len(having) < len(records):
+        lacking = [record["model"]["name"] for record in records if task not in record["tasks"]]
+        return f"{', '.join(lacking)} did not run it"
+    for record in records:
+        if record["tasks"][task].get("failed"):
+            section = record["tasks"][task]
+            return f"{section['failed']} of {section['n']} items of {record['model']['name']} failed"
+    return None
+
+
+def _check_same_data(task: str, records: Sequence[Record]) -> None:
+    def data(record: Record) -> dict[str, Any]:
+        section = record["tasks"][task]
+        found = section["data"]
+        return {
+            "annotation files": sorted(found["files"].values()),
+            "numbers of items (--limit)": section["n"],
+            "images": found["images"],
+            "bytes of images": found["image_bytes"],
+        }
+
+    first = records[0]
+    for record in records[1:]:
+        for what, value in data(first).items():
+            if data(record)[what] != value:
+                raise DataError(
+                    f"{first['model']['name']} and {record['model']['name']} ran {task} on different data ({what} "
+                    "differ); evaluate both on the same split"
+                )
+
+
+def _aligned(
+    task: str, items: Sequence[Sequence[dict[str, Any]]], key: str, same: str, names: Sequence[str]
+) -> list[list[dict[str, Any]]]:
+    """The items of every record in the order of the first. Raises DataError when ids or `same` differ."""
+    order = [item[key] for item in items[0]]
+    by_id = [{item[key]: item for item in record_items} for record_items in items]
+    for name, table in zip(names, by_id, strict=True):
+        for item_id in order:
+            if item_id not in table or table[item_id][same] != by_id[0][item_id][same]:
+                raise DataError(
+                    f"{names[0]} and {name} ran {task} on different items ({key} {item_id!r}); evaluate both anew"
+                )
+    return [[table[item_id] for item_id in order] for table in by_id]
+
+
+def _vqa_measures(
+    records: Sequence[Record], items: Sequence[Sequence[dict[str, Any]]], left_out: dict[str, str]
+) -> list[Measure]:
+    names = [record["model"]["name"] for record in records]
+    aligned = _aligned("vqa", items, "question_id", "answers", names)
+    index_N, images = stats.cluster_index([item["image_id"] for item in aligned[0]])
+    measures = []
+    for name, key, scale in (
+        ("VQA accuracy %", "accuracy", 1.0),
+        ("VQA exact match %", "exact_match", 100.0),
+        ("VQA relaxed accuracy %", "relaxed_match", 100.0),
+    ):
+        if any(key not in item for record_items in aligned for item in record_items):
+            left_out[name] = "an older version wrote one of the records; evaluate anew"
+            continue
+        statistics = tuple(
+            stats.mean_statistic([scale * item[key] for item in record_items], index_N, images)
+            for record_items in aligned
+        )
+        measures.append(Measure(name, statistics, (images,) * len(names), len(aligned[0])))
+    return measures
+
+
+def _caption_measures(
+    records: Sequence[Record], items: Sequence[Sequence[dict[str, Any]]], left_out: dict[str, str]
+) -> list[Measure]:
+    names = [record["model"]["name"] for record in records]
+    aligned = _aligned("caption", items, "image_id", "references", names)
+    images = len(aligned[0])
+    measures: list[Measure] = []
+
+    def add(name: str, statistics: Sequence[Statistic]) -> None:
+        measures.append(Measure(name, tuple(statistics), (images,) * len(names), images))
+
+    tokens = [[item.get("tokens") for item in record_items] for record_items in aligned]
+    if any(t is None for record_tokens in tokens for t in record_tokens):
+        left_out["BLEU, CIDEr"] = "an older version wrote one of the records, without tokens; evaluate anew"
+    else:
+        references = [t["references"] for t in tokens[0]]
+        for name, record_tokens in zip(names, tokens, strict=True):
+            if [t["references"] for t in record_tokens] != references:
+                raise DataError(
+                    f"the captions of {names[0]} and {name} were cut into tokens differently; evaluate both with Java, "
+                    "or both without"
+                )
+        hypotheses = [[t["prediction"] for t in record_tokens] for record_tokens in tokens]
+        bleu = [caption.bleu_statistic(texts, references) for texts in hypotheses]
+        for order, name in enumerate(caption.BLEU):
+            add(name, [_column(statistic, order) for statistic in bleu])
+        add("CIDEr", [CiderResampler(texts, references).scores for texts in hypotheses])
+    for name in ("ROUGE_L", "METEOR", "SPICE"):
+        having = [all(name in item["scores"] for item in record_items) for record_items in aligned]
+        if all(having):
+            values = [[item["scores"][name] for item in record_items] for record_items in aligned]
+            add(name, [stats.mean_statistic(v, np.arange(images), images) for v in values])
+        elif any(having):
+            left_out[name] = f"{', '.join(n for n, has in zip(names, having, strict=True) if not has)} has none"
+    return measures
+
+
+def _column(statistic: Statistic, column: int) -> Statistic:
+    return lambda counts_RC: statistic(counts_RC)[:, column]
+
+
+def _latency_measures(
+    records: Sequence[Record], _items: Sequence[Sequence[dict[str, Any]]], left_out: dict[str, str]
+) -> list[Measure]:
+    environments = [record["environment"] for record in records]
+    if len({str((e["cpu"], e["cpu_count"], e["gpus"])) for e in environments}) > 1:
+        left_out["latency"] = "the records were made on different machines"
+        return []
+    sections = [record["tasks"]["latency"] for record in records]
+    if len({(section["output_tokens"], section["prompt"]) for section in sections}) > 1:
+        left_out["latency"] = "the records asked for different numbers of tokens, or with different prompts"
+        return []
+    levels = [{level["concurrency"]: level for level in section["levels"]} for section in sections]
+    shared = sorted(set.intersection(*map(set, levels)))
+    if not shared:
+        left_out["latency"] = "the records have no concurrency in common"
+    measures = []
+    for concurrency in shared:
+        for key, title in (("ttft_s", "TTFT"), ("tpot_s", "TPOT"), ("e2e_s", "E2E")):
+            values = [level[concurrency][key].get("values") for level in levels]
+            name = f"{title} ms at {concurrency}"
+            if any(not v for v in values):
+                left_out[name] = "not every record holds the single times"
+                continue
+            measures.append(
+                Measure(
+                    name,
+                    tuple(_median_statistic([1000 * x for x in v]) for v in values),
+                    tuple(len(v) for v in values),
+                    min(len(v) for v in values),
+                    higher_is_better=False,
+                    paired=False,
+                )
+            )
+    return measures
+
+
+def _median_statistic(values: Sequence[float]) -> Statistic:
+    """Median of what was drawn: the mean of the two middle values, as numpy's."""
+    sorted_C = np.sort(np.asarray(values, dtype=float))
+    order_C = np.argsort(np.asarray(values, dtype=float), kind="stable")
+
+    def statistic(counts_RC: stats.Array) -> stats.Array:
+        upto_RC = np.cumsum(counts_RC[:, order_C], axis=1)
+        drawn_R1 = upto_RC[:, -1:]
+        low_R = (upto_RC > (drawn_R1 - 1) // 2).argmax(axis=1)
+        high_R = (upto_RC > drawn_R1 // 2).argmax(axis=1)
+        return (sorted_C[low_R] + sorted_C[high_R]) / 2
+
+    return statistic
+
+
+def _judge(measure: Measure, names: Sequence[str], resamples: int, seed: int) -> dict[str, Any]:
+    """Scores, pairwise tests and ranking of one measure."""
+    unit = "image" if measure.paired else "request"
+    values = [
+        float(statistic(np.ones((1, clusters), dtype=np.int64))[0])
+        for statistic, clusters in zip(measure.statistics, measure.clusters, strict=True)
+    ]
+    drawn_MR = [
+        stats.bootstrap(statistic, clusters, resamples, seed if measure.paired else seed + position)
+        for position, (statistic, clusters) in enumerate(zip(measure.statistics, measure.clusters, strict=True))
+    ]
+    scores = {
+        name: {"value": value, "interval": _as_dict(stats.percentile_interval(drawn_R, clusters, unit))}
+        for name, value, drawn_R, clusters in zip(names, values, drawn_MR, measure.clusters, strict=True)
+    }
+    pairs = []
+    for a, b in itertools.combinations(range(len(names)), 2):
+        clusters = min(measure.clusters[a], measure.clusters[b])
+        deltas_R = drawn_MR[a] - drawn_MR[b]
+        testable = clusters > 1
+        spread = float(deltas_R.std()) * math.sqrt(clusters)
+        difference = values[a] - values[b]
+        pairs.append(
+            {
+                "a": names[a],
+                "b": names[b],
+                "difference": difference,
+                "interval": _as_dict(stats.percentile_interval(deltas_R, clusters, unit)),
+                "p_value": stats.sign_p_value(deltas_R) if testable else None,
+                "effect_size": difference / spread if testable and spread > 0 else None,
+            }
+        )
+    for pair, p_holm in zip(pairs, stats.holm([pair["p_value"] for pair in pairs]), strict=True):
+        pair["p_holm"] = p_holm
+        pair["better"] = _better(pair, measure.higher_is_better)
+    ranking = _ranking(names, values, pairs, measure.higher_is_better)
+    return {
+        "higher_is_better": measure.higher_is_better,
+        "n": measure.n,
+        "clusters": min(measure.clusters),
+        "unit": unit,
+        "paired": measure.paired,
+        "scores": scores,
+        "pairs": pairs,
+        "ranking": ranking,
+        "conclusion": _conclusion(ranking, pairs),
+    }
+
+
+def _better(pair: Mapping[str, Any], higher_is_better: bool) -> str | None:
+    """The better model of a pair; None when the data cannot tell."""
+    if pair["p_holm"] is None or pair["p_holm"] >= SIGNIFICANCE:
+        return None
+    return str(pair["a"] if (pair["difference"] > 0) == higher_is_better else pair["b"])
+
+
+def _ranking(
+    names: Sequence[str], values: Sequence[float], pairs: Sequence[Mapping[str, Any]], higher_is_better: bool
+) -> list[dict[str, Any]]:
+    rows = []
+    for name, value in sorted(zip(names, values, strict=True), key=lambda row: -row[1] if higher_is_better else row[1]):
+        own = [pair for pair in pairs if name in (pair["a"], pair["b"]) and pair["better"] is not None]
+        worse_than = sum(pair["better"] != name for pair in own)
+        rows.append({"model": name, "value": value, "rank": [1 + worse_than, len(names) - (len(own) - worse_than)]})
+    return rows
+
+
+def _conclusion(ranking: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]]) -> str:
+    """Only a model that is better than every other one is called the best."""
+    leader = ranking[0]["model"]
+    beaten = {pair["b"] if pair["better"] == pair["a"] else pair["a"] for pair in pairs if pair["better"] == leader}
+    rivals = [row["model"] for row in ranking[1:] if row["model"] not in beaten]
+    if not rivals:
+        return f"{leader} is best"
+    return f"cannot tell which of {', '.join([leader, *rivals])} is best"
+
+
+def _as_dict(interval: stats.Interval | None) -> dict[str, Any] | None:
+    return None if interval is None else interval.as_dict()
