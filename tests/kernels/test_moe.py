@@ -1,5 +1,8 @@
 """The layer on a CPU: outputs, gradients and statistics against the definition, in fp64; operators; torch.compile."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -199,3 +202,13 @@ def test_what_does_not_fit_is_refused(change, message):
     arguments = {"x_TD": x, "router_logits_TE": logits, "gate_up_E2FD": gate_up, "down_EDF": down, "top_k": 2} | change
     with pytest.raises(ValueError, match=message):
         moe_mlp(**arguments)
+
+
+def test_the_cpu_does_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None; import torch; from nmm_serve.kernels.moe import moe_mlp; "
+        "y, _ = moe_mlp(torch.ones(3, 8), torch.ones(3, 4), torch.ones(4, 6, 8), torch.ones(4, 8, 3), top_k=2); "
+        "print(y.shape)"
+    )
+    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert run.stdout == "torch.Size([3, 8])\n", run.stderr[-2000:]
