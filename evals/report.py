@@ -1,18 +1,33 @@
 """One self-contained HTML page from records: no network, no other file needed to read it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from nmm_serve.errors import ImageError
 from nmm_serve.evals import plots
 from nmm_serve.evals.records import Record, load_items, load_record, tell_apart, write_text
-from nmm_serve.evals.table import comparison, remarks
+from nmm_serve.evals.samples import by_hash, thumbnail
+from nmm_serve.evals.table import (
+    MISSING,
+    Cell,
+    brackets,
+    comparison,
+    contamination_table,
+    join,
+    joined,
+    remarks,
+    routing_table,
+)
 
 _QUESTIONS_PER_IMAGE = 4
+_DIFFERING_IMAGES = 24
+_RIGHT = 90
+"""VQA accuracy in percent from which an answer counts as right: three of the other nine annotators gave it."""
 
 
 def write_report(paths: Sequence[Path], output: Path, *, title: str = "Model comparison") -> None:
@@ -20,8 +35,11 @@ def write_report(paths: Sequence[Path], output: Path, *, title: str = "Model com
 
     Raises DataError for a file that is no record, OSError when the page cannot be written.
     """
-    records = [load_record(path) for path in paths]
-    items = [load_items(path, record) for path, record in zip(paths, records, strict=True)]
+    single = [load_record(path) for path in paths]
+    single_items = [load_items(path, record) for path, record in zip(paths, single, strict=True)]
+    groups = joined(single)
+    records = [join([single[i] for i in group]) for group in groups]
+    items = [[item for i in group for item in single_items[i]] for group in groups]
     tell_apart(records)
     columns, rows = comparison(records)
     environment = jinja2.Environment(
@@ -39,8 +57,16 @@ def write_report(paths: Sequence[Path], output: Path, *, title: str = "Model com
         remarks=remarks(records),
         plots=_plots(records),
         samples=_samples(records, items),
+        type_table=_type_table(records),
+        text_table=_text_table(records),
+        routing=_routing(records),
+        contamination=[(r["model"]["name"], *contamination_table(r)) for r in records if "contamination" in r["tasks"]],
         definitions=_definitions(records),
-        provenance=[_provenance(record) for record in records],
+        provenance=[
+            (record["model"]["name"], _provenance(single[i]))
+            for record, group in zip(records, groups, strict=True)
+            for i in group
+        ],
     )
     write_text(output, page)
 
@@ -76,37 +102,138 @@ def _plots(records: Sequence[Record]) -> list[dict[str, str]]:
             "Medians; whiskers reach to the 90th percentile. Definitions are at the end of the page.",
             plots.latency_bars(records),
         ),
+        ("Experts, layer by layer", "Bands: 95 % intervals over images.", plots.routing_by_layer(records)),
+        ("Experts over training", "From the runs' logs, a line a layer.", plots.routing_over_training(records)),
         ("Training", "As the checkpoints' run.json tells it.", plots.training_curves(records)),
     ]
     return [{"title": title, "note": note, "svg": svg} for title, note, svg in drawn if svg]
 
 
+def _type_table(records: Sequence[Record]) -> tuple[list[str], list[list[Cell]]] | None:
+    """VQA accuracy of each question type, a column a model."""
+    held = [r for r in records if r["tasks"].get("vqa", {}).get("per_question_type")]
+    if not held:
+        return None
+    sections = [r["tasks"]["vqa"] for r in held]
+    constants = sections[0]["best_constant"]["per_question_type"]
+    rows = []
+    for name in dict.fromkeys(name for section in sections for name in section["per_question_type"]):
+        groups = [section["per_question_type"].get(name) for section in sections]
+        n = max(group["n"] for group in groups if group)
+        constant = constants[name]["accuracy"] if name in constants else None
+        best = Cell(constant, MISSING if constant is None else f"{constant:.1f}")
+        cells = [
+            Cell(group["accuracy"], f"{group['accuracy']:.1f}", brackets(group["interval"], 1))
+            if group
+            else Cell(None, MISSING)
+            for group in groups
+        ]
+        rows.append([Cell(name, name), Cell(n, f"{n:,}"), best, *cells])
+    return ["question type", "n", "best const %", *(r["model"]["name"] for r in held)], rows
+
+
+def _text_table(records: Sequence[Record]) -> tuple[list[str], list[list[Cell]]] | None:
+    """Every metric of every text task, a column a model."""
+    held = [r for r in records if r["tasks"].get("text", {}).get("tasks")]
+    if not held:
+        return None
+    tasks = [r["tasks"]["text"]["tasks"] for r in held]
+    names = dict.fromkeys((task, metric) for found in tasks for task in found for metric in found[task]["metrics"])
+    rows = []
+    for task, metric in names:
+        cells = []
+        for found in tasks:
+            value = found.get(task, {}).get("metrics", {}).get(metric)
+            interval = (found.get(task, {}).get("intervals") or {}).get(metric)
+            cells.append(Cell(None, MISSING) if value is None else Cell(value, f"{value:.4g}", brackets(interval, 3)))
+        rows.append([Cell(task, task), Cell(metric, metric), *cells])
+    return ["task", "metric", *(r["model"]["name"] for r in held)], rows
+
+
+def _routing(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """For each model with experts: its heat map and its table."""
+    return [
+        {"name": record["model"]["name"], "svg": plots.routing_heat_map(record), "table": routing_table(record)}
+        for record in records
+        if record["tasks"].get("routing", {}).get("layers")
+    ]
+
+
 def _samples(records: Sequence[Record], items: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Cards of the images whose thumbnails the records carry: questions and captions with every model's answer."""
+    """Cards of images: questions and captions with every model's answer.
+
+    First those whose thumbnails the records carry; then, where their files are still there, some whose questions the
+    models answer differently: what changes from model to model is rare among a few images chosen blindly.
+    """
     thumbnails: dict[str, str] = {}
     for record in records:
         thumbnails |= record["samples"]
-    cards: dict[str, dict[str, Any]] = {
-        image: {"src": src, "questions": {}, "captions": []} for image, src in thumbnails.items()
-    }
+    asked, captions, files = _by_image(records, items)
+    carried = set(thumbnails)
+    differ = [
+        image
+        for image in by_hash(asked)
+        if image not in carried and any(q["verdict"] == "changed" for q in asked[image].values())
+    ]
+    for image in differ[:_DIFFERING_IMAGES]:
+        if image in files and files[image].is_file():
+            try:
+                thumbnails[image] = thumbnail(files[image])
+            except ImageError:  # changed since it was evaluated
+                continue
+    return [
+        {
+            "id": image,
+            "src": src,
+            "chosen": "by hash" if image in carried else "because the models differ",
+            "questions": _most_telling(asked.get(image, {}).values()),
+            "captions": captions.get(image, {}).get("predictions", []),
+            "references": captions.get(image, {}).get("references", []),
+        }
+        for image, src in thumbnails.items()
+    ]
+
+
+def _by_image(
+    records: Sequence[Record], items: Sequence[Sequence[dict[str, Any]]]
+) -> tuple[dict[str, dict[Any, dict[str, Any]]], dict[str, dict[str, Any]], dict[str, Path]]:
+    """Questions by image and question id, captions by image, and where each image's file was."""
+    asked: dict[str, dict[Any, dict[str, Any]]] = {}
+    captions: dict[str, dict[str, Any]] = {}
+    files: dict[str, Path] = {}
     for record, record_items in zip(records, items, strict=True):
         for item in record_items:
-            card = cards.get(str(item["image_id"]))
-            if card is None:
+            if item["task"] not in ("vqa", "caption"):
                 continue
+            image = str(item["image_id"])
+            files[image] = Path(item["image"])
             shown = {"model": record["model"]["name"], "text": item["prediction"], "error": item["error"]}
             if item["task"] == "caption":
-                card["references"] = item["references"]
-                card["captions"].append(shown | {"cider": (item["scores"] or {}).get("CIDEr")})
-            elif item["task"] == "vqa" and (
-                item["question_id"] in card["questions"] or len(card["questions"]) < _QUESTIONS_PER_IMAGE
-            ):
-                question = card["questions"].setdefault(
+                card = captions.setdefault(image, {"references": item["references"], "predictions": []})
+                card["predictions"].append(shown | {"cider": (item["scores"] or {}).get("CIDEr")})
+            else:
+                question = asked.setdefault(image, {}).setdefault(
                     item["question_id"],
                     {"text": item["question"], "answers": _counted(item["answers"]), "predictions": []},
                 )
-                question["predictions"].append(shown | {"accuracy": item["accuracy"]})
-    return [card | {"id": image, "questions": list(card["questions"].values())} for image, card in cards.items()]
+                mark = _mark(item["accuracy"])
+                question["predictions"].append(shown | {"accuracy": item["accuracy"], "mark": mark})
+    for questions in asked.values():
+        for question in questions.values():
+            marks = {p["mark"] for p in question["predictions"]}
+            question["verdict"] = marks.pop() if len(marks) == 1 else "changed"
+    return asked, captions, files
+
+
+def _mark(accuracy: float | None) -> str:
+    if accuracy is None:
+        return "failed"
+    return "right" if accuracy >= _RIGHT else ("wrong" if accuracy == 0 else "half")
+
+
+def _most_telling(questions: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first few in file order, those that the models answer differently before the others."""
+    return sorted(questions, key=lambda question: question["verdict"] != "changed")[:_QUESTIONS_PER_IMAGE]
 
 
 def _counted(answers: Sequence[str]) -> str:
@@ -140,7 +267,8 @@ def _provenance(record: Record) -> dict[str, str]:
     for task, section in record["tasks"].items():
         rows[f"{task}: n"] = f"{section['n']}" + (f" of {section['n_total']}" if "n_total" in section else "")
         rows[f"{task}: failed"] = str(section["failed"])
-        rows[f"{task}: prompt"] = section["prompt"]
+        if "prompt" in section:
+            rows[f"{task}: prompt"] = section["prompt"]
         if "decoding" in section:
             rows[f"{task}: decoding"] = json.dumps(section["decoding"])
         if section.get("tokenizer"):

@@ -6,11 +6,8 @@ the numbers over the items that did come back stand under `answered_only`, which
 Answers are kept on disk as they come (`evals/answers.py`): a run that was killed goes on when it is started again.
 """
 
-import base64
-import hashlib
-import io
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,6 +21,7 @@ from nmm_serve.evals.answers import Answers, identity
 from nmm_serve.evals.datasets import CaptionSet, Files, Id, Question, VQASet, load_captions, load_vqa
 from nmm_serve.evals.latency import Load
 from nmm_serve.evals.records import Record, check_place, new_record, publish, write_record
+from nmm_serve.evals.samples import CARRIED, by_hash, thumbnail
 from nmm_serve.images import load_image
 
 VQA_PROMPT = "{question}"
@@ -32,8 +30,6 @@ VQA_MAX_TOKENS = 16
 CAPTION_MAX_TOKENS = 64
 VQA_VERSION = CAPTION_VERSION = 1
 """Raised with a change in how a task asks that prompt and decoding do not show: kept answers are then asked again."""
-SAMPLE_IMAGES = 12
-_SAMPLE_PIXELS = 224
 _AT_ONCE = {"torch": "batch_size", "onnx": "batch_size", "vllm": "max_num_seqs", "openai": "concurrency"}
 """What each engine calls the number of requests that it runs at once."""
 _LEAST_DEFAULT = 16
@@ -108,8 +104,14 @@ def open_for(options: Options, model: str, engine: str | None) -> Engine:
     return open_engine(model, engine, **settings)
 
 
-def evaluate(engine: Engine, data: Data, options: Options, start_task: StartTask = _no_progress) -> Record:
-    """Run the tasks, write the record to `options.out` and return it.
+def evaluate(
+    engine: Engine,
+    data: Data,
+    options: Options,
+    start_task: StartTask = _no_progress,
+    measured: Mapping[str, dict[str, Any]] | None = None,
+) -> Record:
+    """Run the tasks, write the record to `options.out` and return it. `measured`: sections that are there already.
 
     A request that fails does not raise but is counted and named in the record.
     """
@@ -126,6 +128,7 @@ def evaluate(engine: Engine, data: Data, options: Options, start_task: StartTask
         progress = start_task("latency", options.load.total)
         section = latency.measure(engine, data.latency_images, options.load, progress=progress, seed=options.seed)
         record["tasks"]["latency"] = section
+    record["tasks"] |= measured or {}
     record["final"] = all(section.get("complete", True) for section in record["tasks"].values())
     record["samples"] = _samples(items)
     write_record(record, items, options.out)
@@ -366,18 +369,6 @@ def _latency_images(files: Files, questions: VQASet | None, images: CaptionSet |
 
 
 def _samples(items: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Thumbnails of a few images as data URIs, the same images for every model, so that a report needs no other file.
-
-    The choice hangs on a hash of the image id alone: neither on the model nor on the order of the files.
-    """
+    """Thumbnails of a few images, the same for every model, so that a report needs no other file."""
     files = {str(item["image_id"]): item["image"] for item in items if item["error"] is None}
-    chosen = sorted(files, key=lambda image_id: hashlib.sha256(image_id.encode()).digest())[:SAMPLE_IMAGES]
-    return {image_id: _thumbnail(Path(files[image_id])) for image_id in chosen}
-
-
-def _thumbnail(path: Path) -> str:
-    image = load_image(path)
-    image.thumbnail((_SAMPLE_PIXELS, _SAMPLE_PIXELS))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return {image_id: thumbnail(Path(files[image_id])) for image_id in by_hash(files)[:CARRIED]}

@@ -27,6 +27,34 @@ class Cell:
     detail: str = ""
 
 
+def joined(records: Sequence[Record]) -> list[list[int]]:
+    """Which records are about one model and hold different tasks, and so make one row: their positions, in order."""
+    groups: list[list[int]] = []
+    for position, record in enumerate(records):
+        model = record["model"]
+        for group in groups:
+            first = records[group[0]]["model"]
+            tasks = {task for member in group for task in records[member]["tasks"]}
+            same = model["hash"] is not None and (model["name"], model["hash"]) == (first["name"], first["hash"])
+            if same and not tasks & set(record["tasks"]):
+                group.append(position)
+                break
+        else:
+            groups.append([position])
+    return groups
+
+
+def join(records: Sequence[Record]) -> Record:
+    """The one record of `joined` ones."""
+    engines = dict.fromkeys(record["engine"]["name"] for record in records)
+    return records[0] | {
+        "engine": records[0]["engine"] | {"name": ", ".join(engines)},
+        "final": all(record["final"] for record in records),
+        "tasks": {task: section for record in records for task, section in record["tasks"].items()},
+        "samples": {image: src for record in records for image, src in record.get("samples", {}).items()},
+    }
+
+
 def comparison(records: Sequence[Record]) -> tuple[list[Column], list[list[Cell]]]:
     """Columns and rows; a column that no record fills is left out."""
     columns = _COLUMNS
@@ -40,9 +68,9 @@ def remarks(records: Sequence[Record]) -> list[str]:
     lines = []
     for record in records:
         name = record["model"]["name"]
-        if not record["final"]:
-            lines.append(f"{name}: not final, evaluated on part of the data (--limit)")
         for task, section in record["tasks"].items():
+            if not section.get("complete", True):
+                lines.append(f"{name}: {task}: not final, evaluated on part of the data (--limit)")
             if section.get("failed"):
                 of = section["n"] + section.get("train_documents", 0)
                 consequence = "they were not checked" if task == "contamination" else "no score is given"
@@ -123,7 +151,7 @@ def _number_text(number: dict[str, Any], scale: float, digits: int) -> str:
         return MISSING
     interval = number["interval"]
     scaled = {"low": scale * interval["low"], "high": scale * interval["high"]} if interval else None
-    return f"{scale * number['value']:.{digits}f} {_brackets(scaled, digits)}".rstrip()
+    return f"{scale * number['value']:.{digits}f} {brackets(scaled, digits)}".rstrip()
 
 
 def _name(record: Record) -> Cell:
@@ -154,10 +182,11 @@ def _vqa(record: Record) -> Cell:
     value, interval = section.get("accuracy"), section.get("interval")
     if value is None:
         return Cell(None, "failed" if section.get("failed") else MISSING)
-    return Cell(value, f"{value:.2f}", _brackets(interval, 1))
+    return Cell(value, f"{value:.2f}", brackets(interval, 1))
 
 
-def _brackets(interval: dict[str, Any] | None, digits: int) -> str:
+def brackets(interval: dict[str, Any] | None, digits: int) -> str:
+    """`[low, high]`, or nothing without an interval."""
     return f"[{interval['low']:.{digits}f}, {interval['high']:.{digits}f}]" if interval else ""
 
 
@@ -176,7 +205,7 @@ def _metric(name: str, digits: int) -> Any:
         if value is None:
             return Cell(None, "failed" if section.get("failed") else MISSING)
         interval = (section.get("intervals") or {}).get(name)
-        return Cell(value, f"{value:.{digits}f}", _brackets(interval, digits))
+        return Cell(value, f"{value:.{digits}f}", brackets(interval, digits))
 
     return cell
 
@@ -194,6 +223,16 @@ def _latency(key: str, last: bool) -> Any:
         if isinstance(value, dict):
             value = None if value.get("p50") is None else 1000 * value["p50"]
         return Cell(None, MISSING) if value is None else Cell(value, f"{value:.1f}")
+
+    return cell
+
+
+def _routing(key: str, digits: int) -> Any:
+    def cell(record: Record) -> Cell:
+        number = ((record["tasks"].get("routing") or {}).get("overall") or {}).get(key)
+        if number is None or number["value"] is None:
+            return Cell(None, MISSING)
+        return Cell(number["value"], f"{number['value']:.{digits}f}", brackets(number["interval"], digits))
 
     return cell
 
@@ -218,4 +257,9 @@ _COLUMNS: list[tuple[Column, Any]] = [
         Column("tok/s", True, "output tokens per second at the highest concurrency"),
         _latency("output_tokens_per_s", True),
     ),
+    (
+        Column("specialisation", None, "of the experts in image or text, 0 to 1, mean over layers"),
+        _routing("specialisation", 3),
+    ),
+    (Column("max/mean load", False, "busiest expert over the mean, mean over layers"), _routing("max_over_mean", 2)),
 ]

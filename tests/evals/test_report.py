@@ -1,8 +1,12 @@
 """The table and the page: what they show, and that they need nothing from outside."""
 
+import html
 import json
 import re
+import shutil
+import subprocess
 
+import numpy as np
 import pytest
 from eval_fakes import FakeEngine, failed, image_tag, oracle, says, write_dataset
 
@@ -13,8 +17,9 @@ from nmm_serve.errors import DataError
 from nmm_serve.evals import caption
 from nmm_serve.evals.datasets import find_files
 from nmm_serve.evals.latency import Load
-from nmm_serve.evals.records import load_record
+from nmm_serve.evals.records import blank_record, load_record, no_checkpoint, write_record
 from nmm_serve.evals.report import write_report
+from nmm_serve.evals.routing import DEFINITIONS, summarise
 from nmm_serve.evals.run import Options, evaluate, load_data
 from nmm_serve.evals.table import comparison, remarks
 from nmm_serve.evals.tokenizer import FallbackTokenizer
@@ -146,3 +151,101 @@ def test_training_curves_are_drawn_from_the_run(make, page):
     record["model"]["run"]["validation"] = []
     path.write_text(json.dumps(record))
     assert "validation loss" not in page(path)
+
+
+def test_records_of_one_model_make_one_row(make, page):
+    vqa, captions, other = make("m", tasks=("vqa",)), make("m", tasks=("caption",)), make("n", half, tasks=("vqa",))
+    for path, known in ((vqa, "abc"), (captions, "abc"), (other, "abd")):
+        record = json.loads(path.read_text())
+        record["model"]["hash"] = known
+        path.write_text(json.dumps(record))
+    text = page(vqa, captions, other)
+    assert len(re.findall(r'<td data-value="[mn]">', text)) == 2
+    assert "#2<" not in text
+    again = page(vqa, captions, captions)
+    assert "m #2" in again or "m (fake) #2" in again
+
+
+def test_questions_that_change_between_models_are_told(make, page, tmp_path):
+    text = page(make("a", tasks=("vqa",)), make("b", half, tasks=("vqa",)))
+    verdicts = re.findall(r'data-verdict="(\w+)"', text)
+    assert verdicts.count("right") == verdicts.count("changed") == 6
+    assert verdicts.count("wrong") == 0
+
+
+def test_images_where_models_differ_are_found_on_disk_when_they_are_there(make, page, tmp_path, monkeypatch):
+    monkeypatch.setattr("nmm_serve.evals.run.CARRIED", 2)
+    records = make("a", tasks=("vqa",)), make("b", half, tasks=("vqa",))
+    assert page(*records).count("because the models differ</p>") == 3
+    (tmp_path / "data" / "images").rename(tmp_path / "gone")
+    text = page(*records)
+    assert "because the models differ</p>" not in text
+    assert text.count("chosen by hash</p>") == 2
+
+
+def routing_record(path, name, **section):
+    counts = np.array([[[[9, 1], [2, 8]], [[5, 5], [5, 5]]], [[[9, 1], [3, 7]], [[6, 4], [5, 5]]]])
+    record = blank_record(no_checkpoint(name, "log", "no checkpoint"), {"name": "none"}, seed=0)
+    base = {"definitions": DEFINITIONS, "n": 2, "failed": 0, "errors": []}
+    record["tasks"]["routing"] = base | summarise(counts, unit="image") | section
+    write_record(record, (), path)
+    return path
+
+
+def test_routing_is_drawn(page, tmp_path):
+    history = [{"step": s, "tokens": s, "specialisation": [0.1, None], "max_over_mean": [1, 2]} for s in (1, 2)]
+    text = page(
+        routing_record(tmp_path / "r.json", HOSTILE), routing_record(tmp_path / "l.json", "run", history=history)
+    )
+    assert text.count("<svg") == 4
+    assert "&lt;script&gt;" in text
+    assert "<script>alert" not in text
+    assert "a router that ignores modality has specialisation" in text
+
+
+def test_text_tasks_are_shown(make, page):
+    path = make("a", tasks=("vqa",))
+    record = json.loads(path.read_text())
+    found = {"metrics": {"acc": 0.5, "ppl": None}, "intervals": {"acc": {"low": 0.25, "high": 0.75}, "ppl": None}}
+    tasks = {"arithmetic": found | {"higher_is_better": {"acc": True}, "failed": 0}}
+    record["tasks"]["text"] = {"definitions": {}, "n": 4, "failed": 0, "errors": [], "tasks": tasks}
+    path.write_text(json.dumps(record))
+    text = page(path)
+    assert "<h2>Text tasks</h2>" in text
+    assert "[0.250, 0.750]" in text
+
+
+CLICKS = """
+<script>
+const cells = (row) => row.cells[0].textContent;
+const table = document.querySelector("table.sortable");
+const order = () => [...table.tBodies[0].rows].map(cells).join("");
+const seen = [order()];
+const accuracy = [...table.tHead.rows[0].cells].findIndex(c => c.textContent === "VQA acc %");
+for (let i = 0; i < 2; i++) { table.tHead.rows[0].cells[accuracy].querySelector("button").click(); seen.push(order()); }
+const shown = () => [...document.querySelectorAll(".qa")].filter(q => !q.closest("[hidden]")).length;
+for (const value of ["changed", "right", "wrong", "wrong:b", "caption", "all"]) {
+  const filter = document.getElementById("filter");
+  filter.value = value;
+  filter.dispatchEvent(new Event("change"));
+  seen.push(shown());
+}
+document.title = JSON.stringify(seen);
+</script></body>"""
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium on the PATH")
+def test_sorting_and_filtering_in_a_browser(make, page, tmp_path):
+    text = page(make("b", half, tasks=("vqa", "caption")), make("a", tasks=("vqa", "caption")))
+    (tmp_path / "clicks.html").write_text(text.replace("</body>", CLICKS))
+    command = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--dump-dom",
+        f"file://{tmp_path}/clicks.html",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    title = html.unescape(re.search(r"<title>(.*?)</title>", done.stdout).group(1))
+    assert json.loads(title) == ["ba", "ab", "ba", 6, 6, 0, 6, 6, 18]

@@ -51,6 +51,22 @@ def sources_at(path: Path, split: str) -> list[Source]:
     return [open_source({"kind": kinds.pop(), "name": path.name, "path": str(path)})]
 
 
+def sources_of(
+    *, images: Path | None, captions: Path | None, questions: Path | None, annotations: Path | None
+) -> list[Source]:
+    """Sources of COCO captions and VQA v2 files named one by one; what is None is left out."""
+    sources = []
+    if captions is not None:
+        files = {"annotations": str(captions), "images": str(images)}
+        sources.append(open_source({"kind": "coco_captions", "name": "caption", **files}))
+    if questions is not None and annotations is not None:
+        files = {"questions": str(questions), "annotations": str(annotations), "images": str(images)}
+        if captions is not None:
+            files["captions"] = str(captions)
+        sources.append(open_source({"kind": "vqa_v2", "name": "vqa", **files}))
+    return sources
+
+
 def _kind(file: Path) -> str | None:
     if file.suffix != ".jsonl":
         return SUFFIXES.get(file.suffix)
