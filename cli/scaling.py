@@ -100,6 +100,111 @@ def sweep(plan: str, out: Path, only_estimate: bool, ray: str | None, gpu_share:
     note(f"records: {records}")
 
 
+@click.command(cls=Command)
+@click.option("--flops", type=float, required=True, help="Training budget, e.g. 1e21.")
+@click.option("--family", default="early", show_default=True, help="Family to plan; the others are compared with it.")
+@click.option("--records", type=click.Path(path_type=Path), help="Fit these records first.")
+@click.option("--coefficients", type=click.Path(path_type=Path), help="A file of `nmm-train fit -o`, or your own.")
+@click.option(
+    "--hardware", "device", default="h100", show_default=True, help="h100, h200, b200, a100, l40s, rtx4090 or mi300x."
+)
+@click.option("--devices", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--mfu", type=click.FloatRange(0, 1, min_open=True), default=0.4, show_default=True, help="Assumed.")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON.")
+def plan(
+    flops: float,
+    family: str,
+    records: Path | None,
+    coefficients: Path | None,
+    device: str,
+    devices: int,
+    mfu: float,
+    as_json: bool,
+) -> None:
+    """Say what a budget of FLOPs buys: size, tokens, loss, hours, memory; early against late against MoE.
+
+    Without --records or --coefficients the paper's own coefficients are used, with their inconsistencies noted.
+
+    \b
+    Examples:
+      nmm-train plan --flops 1e21 --family early
+      nmm-train plan --flops 3e15 --family moe --coefficients fits.json --hardware rtx4090
+    """
+    from nmm_serve.evals.scaling.plan import (
+        hardware,
+        load_coefficients,
+        make_plan,
+        paper_coefficients,
+    )  # fmt: skip
+    from nmm_serve.evals.scaling.records import load_records
+    from nmm_serve.evals.scaling.study import fit_records
+
+    chosen = hardware(device)
+    if records is not None and coefficients is not None:
+        raise click.UsageError("give --records or --coefficients, not both")
+    if records is not None:
+        document, source = fit_records(load_records(records)), str(records)
+    elif coefficients is not None:
+        document, source = load_coefficients(coefficients), str(coefficients)
+    else:
+        document, source = paper_coefficients(), "arXiv 2504.07951"
+    made = make_plan(document, source, flops=flops, family=family, device=chosen, devices=devices, utilisation=mfu)
+    if as_json:
+        print_json(made)
+    else:
+        _print_plan(made)
+
+
+def _print_plan(made: dict[str, Any]) -> None:
+    rows = []
+    for row in (made["plan"], *made["others"]):
+        held = row["intervals"] or {}
+        multiplier = made["multipliers"].get(row["family"])
+        rows.append([
+            row["family"],
+            _count(row["n_params"], held.get("n_params")),
+            _count(row["n_params_total"], None),
+            _count(row["tokens"], held.get("tokens")),
+            _with_interval(row["loss"], held.get("loss")),
+            f"{row['hours']:.3g}",
+            f"{row['training_bytes_per_device'] / 1e9:.3g}",
+            f"{row['weights_bytes'] / 1e9:.3g}",
+            "1" if row is made["plan"] else "-" if multiplier is None else f"{multiplier:.3g}",
+        ])  # fmt: skip
+    device = made["hardware"]
+    titles = [
+        "family",
+        "active params",
+        "all params",
+        "tokens",
+        "loss",
+        "hours",
+        "GB training",
+        "GB weights",
+        "compute",
+    ]
+    caption = (
+        f"{device['devices']} x {device['title']}, {device['peak'] / 1e12:.0f} TFLOP/s peak at an assumed "
+        f"{device['utilisation']:.0%}; compute: what the family needs for the first one's loss, over this budget"
+    )
+    print_table(f"{made['flops']:.3g} FLOPs, by {made['source']}", titles, rows, caption)
+    for row in (made["plan"], *made["others"]):
+        for warning in row["warnings"]:
+            note(f"warning: {row['family']}: {warning}")
+    for remark in made["notes"]:
+        note(f"note: {remark}")
+
+
+def _count(value: float, interval: list[float] | None) -> str:
+    def short(number: float) -> str:
+        for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+            if number >= unit:
+                return f"{number / unit:.3g}{letter}"
+        return f"{number:.3g}"
+
+    return short(value) + (f" [{short(interval[0])}, {short(interval[1])}]" if interval else "")
+
+
 class SweepTable:
     """The live table of a sweep's runs; without a terminal, a line for each run that starts, ends or fails."""
 

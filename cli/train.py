@@ -7,7 +7,7 @@ import click
 
 from nmm_serve.cli.errors import Group
 from nmm_serve.cli.render import note, print_table, progress_bars
-from nmm_serve.cli.scaling import fit, sweep
+from nmm_serve.cli.scaling import fit, plan, sweep
 
 
 @click.group(cls=Group)
@@ -17,6 +17,7 @@ def main() -> None:
 
 main.add_command(sweep)
 main.add_command(fit)
+main.add_command(plan)
 
 
 @main.command()

@@ -36,3 +36,17 @@ def test_fit_of_a_bad_file_is_one_line_and_exit_1(tmp_path, text):
     assert run.exit_code == 1
     assert run.stderr.startswith("Error: ")
     assert "Traceback" not in run.stderr
+
+
+def test_plan_from_the_papers_coefficients():
+    run = CliRunner().invoke(main, ["plan", "--flops", "1e21", "--family", "early", "--json"])
+    assert run.exit_code == 0, run.output
+    assert json.loads(run.stdout)["plan"]["n_params"] == pytest.approx(1.67e9, rel=0.03)
+    table = CliRunner().invoke(main, ["plan", "--flops", "1e21"])
+    assert "late" in table.stdout
+    assert "note: A and B of the dense models are not printed" in table.stderr
+
+
+def test_plan_refuses_two_sources(tmp_path):
+    run = CliRunner().invoke(main, ["plan", "--flops", "1e21", "--records", "a", "--coefficients", "b"])
+    assert run.exit_code == 2
