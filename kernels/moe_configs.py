@@ -6,6 +6,7 @@ means another kernel and never a new compilation for each number.
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ import torch
 TABLE = Path(__file__).with_name("moe_configs.json")
 FEW_ROWS = 128
 """Up to so many rows an expert, a tile of 128 rows would be mostly empty."""
+
+SPARE_BYTES = 2048
+"""Shared memory beside the stages: barriers, and what reductions exchange."""
 
 Config = dict[str, int]
 
@@ -32,14 +36,27 @@ def grouped_regime(slots: int, num_experts: int, dtype: torch.dtype) -> str:
     return "fp32" if dtype == torch.float32 else "few" if slots <= FEW_ROWS * num_experts else "many"
 
 
+@dataclass(frozen=True)
+class Device:
+    name: str
+    processors: int
+    shared_bytes: int
+    """Of one program, at most."""
+
+
 @lru_cache(maxsize=4096)
-def config(kernel: str, hidden: int, intermediate: int, regime: str, device: str) -> Config:
-    """The measured tile where there is one for just this device, sizes and regime; else the default of the regime."""
-    wanted = {"device": device, "kernel": kernel, "hidden": hidden, "intermediate": intermediate, "regime": regime}
+def config(kernel: str, hidden: int, intermediate: int, regime: str, device: Device) -> Config:
+    """The measured tile where there is one for just this device, sizes and regime; else the default of the regime,
+    with as many stages as the device's shared memory holds."""
+    wanted = {"device": device.name, "kernel": kernel, "hidden": hidden, "intermediate": intermediate, "regime": regime}
     for entry in table()["tuned"]:
         if all(entry[key] == value for key, value in wanted.items()):
             return entry["config"]
-    return table()["default"][kernel][regime]
+    chosen = table()["default"][kernel][regime]
+    weight_tiles = 2 if kernel in ("up", "decode_up") else 1
+    stage_bytes = (chosen["BM"] + weight_tiles * chosen["BN"]) * chosen["BK"] * (4 if regime == "fp32" else 2)
+    fitting = (device.shared_bytes - SPARE_BYTES) // stage_bytes
+    return chosen | {"num_stages": max(1, min(chosen["num_stages"], fitting))}
 
 
 def every_config() -> Iterator[tuple[str, str, Config]]:

@@ -25,12 +25,13 @@ def _pow2(n: int) -> int:
 
 
 @lru_cache
-def _device(index: int | None) -> tuple[str, int]:
-    """Name and number of processors; the interpreter has neither."""
+def _device(index: int | None) -> moe_configs.Device:
+    """The interpreter has no device; a few processors make programs loop there too."""
     if index is None:
-        return "interpreter", 4
+        return moe_configs.Device("interpreter", processors=4, shared_bytes=232448)
     properties = torch.cuda.get_device_properties(index)
-    return properties.name, properties.multi_processor_count
+    shared_bytes = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    return moe_configs.Device(properties.name, properties.multi_processor_count, shared_bytes)
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -59,12 +60,12 @@ def _options(config: moe_configs.Config, dtype: torch.dtype, tma: bool) -> dict[
 
 def _grouped(kernel: str, a: torch.Tensor, hidden: int, intermediate: int, slots: int, E: int) -> moe_configs.Config:
     regime = moe_configs.grouped_regime(slots, E, a.dtype)
-    return moe_configs.config(kernel, hidden, intermediate, regime, _device(a.device.index)[0])
+    return moe_configs.config(kernel, hidden, intermediate, regime, _device(a.device.index))
 
 
 def _programs(tiles: int, config: moe_configs.Config, device: torch.device) -> tuple[int]:
     """One program a tile, or so many a processor, which then loop."""
-    return (min(tiles, config["per_sm"] * _device(device.index)[1]) if config["per_sm"] else tiles,)
+    return (min(tiles, config["per_sm"] * _device(device.index).processors) if config["per_sm"] else tiles,)
 
 
 def _row_tiles(slots: int, E: int, BM: int) -> int:
@@ -170,7 +171,7 @@ def combine(slot_ND, top_k):
 
 def _decode(kernel: str, a: torch.Tensor, hidden: int, intermediate: int, tokens: int) -> moe_configs.Config:
     regime = moe_configs.decode_regime(tokens, a.dtype)
-    return moe_configs.config(kernel, hidden, intermediate, regime, _device(a.device.index)[0])
+    return moe_configs.config(kernel, hidden, intermediate, regime, _device(a.device.index))
 
 
 def decode_up(x_TD, gate_up_E2FD, expert_TK, weight_TK):

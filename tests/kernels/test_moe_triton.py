@@ -88,7 +88,7 @@ def assert_fits(compiled: triton_aot.Compiled) -> None:
 def test_every_configuration_compiles_for_hopper(kernel, regime, config, tools, tmp_path, monkeypatch):
     """No register is spilled; weights come by TMA; the tensor cores are used (fp32 products have none)."""
     monkeypatch.setattr(moe_configs, "config", lambda *wanted: config)
-    compiled = triton_aot.compile_for_hopper(
+    compiled = triton_aot.compile_ahead(
         launch(kernel, dtype=torch.float32 if regime == "fp32" else torch.bfloat16), tmp_path
     )
     assert_fits(compiled)
@@ -98,8 +98,8 @@ def test_every_configuration_compiles_for_hopper(kernel, regime, config, tools, 
 
 
 @pytest.mark.parametrize("kernel", ["route", "route_backward", "count_experts", "sort_slots", "combine"])
-def test_small_kernels_compile_for_hopper(kernel, tools, tmp_path):
-    assert_fits(triton_aot.compile_for_hopper(launch(kernel), tmp_path))
+def test_small_kernels_compile_ahead(kernel, tools, tmp_path):
+    assert_fits(triton_aot.compile_ahead(launch(kernel), tmp_path))
 
 
 KERNELS = sorted(
@@ -125,14 +125,30 @@ def test_regimes(slots, regime):
     assert moe_configs.grouped_regime(slots, 8, torch.float32) == "fp32"
 
 
+GPU = moe_configs.Device("GPU", processors=132, shared_bytes=232448)
+OTHER = moe_configs.Device("other", processors=128, shared_bytes=101376)
+
+
+@pytest.mark.parametrize("kernel", sorted({kernel for kernel, _, _ in CONFIGS}))
+def test_smaller_gpus_get_fewer_stages(kernel, tools, tmp_path, monkeypatch):
+    """Ada: less than half the shared memory, and no TMA. Spills are its own affair, but it must run."""
+    monkeypatch.setattr(moe_triton, "_device", lambda index: OTHER)
+    compiled = triton_aot.compile_ahead(launch(kernel), tmp_path, capability=89)
+    assert compiled.shared_bytes <= OTHER.shared_bytes
+    assert "UTMALDG" not in compiled.sass
+    assert compiled.count("HMMA") > 0
+
+
 def test_a_measured_tile_is_used_for_just_what_was_measured(monkeypatch):
-    measured = {"device": "GPU", "kernel": "up", "hidden": 512, "intermediate": 1024, "regime": "many"}
+    measured = {"device": GPU.name, "kernel": "up", "hidden": 512, "intermediate": 1024, "regime": "many"}
     table = moe_configs.table() | {"tuned": [measured | {"config": {"BM": 256}}]}
     monkeypatch.setattr(moe_configs, "table", lambda: table)
     moe_configs.config.cache_clear()
-    assert moe_configs.config("up", 512, 1024, "many", "GPU") == {"BM": 256}
-    assert moe_configs.config("up", 512, 1024, "many", "other") == table["default"]["up"]["many"]
-    assert moe_configs.config("up", 512, 1024, "few", "GPU") == table["default"]["up"]["few"]
+    assert moe_configs.config("up", 512, 1024, "many", GPU) == {"BM": 256}
+    assert (
+        moe_configs.config("up", 512, 1024, "many", OTHER)["num_stages"] < table["default"]["up"]["many"]["num_stages"]
+    )
+    assert moe_configs.config("up", 512, 1024, "few", GPU) == table["default"]["up"]["few"]
     moe_configs.config.cache_clear()
 
 

@@ -1,4 +1,4 @@
-"""What a launch would compile for an NVIDIA Hopper GPU, compiled without one: launches are recorded, not run."""
+"""What a launch would compile for an NVIDIA GPU (Hopper), compiled without one: launches are recorded, not run."""
 
 import re
 import subprocess
@@ -89,10 +89,10 @@ def recorded(*modules: Any) -> Iterator[list[Launch]]:
             setattr(module, name, kernel)
 
 
-def compile_for_hopper(launch: Launch, folder: Path) -> Compiled:
+def compile_ahead(launch: Launch, folder: Path, capability: int = 90) -> Compiled:
     """Triton keeps what it has compiled on disk, so a second time costs little."""
     source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
     cubin = folder / f"{compiled.hash}.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
 
