@@ -224,3 +224,27 @@ def test_from_the_command_line(engine, tmp_path, monkeypatch):
     assert run("--log", "log.jsonl", "--name", "run").exit_code == 0
     assert run("--model", engine.model).exit_code == 2
     assert "holds no data of split 'test'" in run("--model", engine.model, "--data", data, "--split", "test").stderr
+
+
+def test_all_measures_routing_too_and_only_of_experts(engine, tmp_path, monkeypatch):
+    pytest.importorskip("pycocoevalcap", reason="needs the extra `evals`")
+    from click.testing import CliRunner
+
+    from nmm_serve.cli.eval import main
+    from nmm_serve.evals import caption
+    from nmm_serve.evals.tokenizer import FallbackTokenizer
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(caption, "open_tokenizer", FallbackTokenizer)
+    data = write_dataset(tmp_path / "data", images=3)
+    dense = make_checkpoint(tmp_path / "dense")
+    quick = ["--requests", 1, "--warmup", 0, "--concurrency", 1, "--output-tokens", 2, "--json", "--limit", 2]
+    tasks = {}
+    for model in (engine.model, dense):
+        done = CliRunner().invoke(main, ["all", "--model", str(model), "--data", str(data), *map(str, quick)])
+        assert done.exit_code == 0, done.stderr
+        tasks[str(model)] = json.loads(done.stdout)["tasks"]
+    assert tasks[engine.model]["routing"]["by_source"].keys() == {"caption", "vqa"}
+    assert tasks[engine.model]["routing"]["n"] == 4
+    assert not tasks[engine.model]["routing"]["complete"]
+    assert set(tasks[engine.model]) - set(tasks[str(dense)]) == {"routing"}
