@@ -46,26 +46,45 @@ main.add_command(kernels)
 )  # fmt: skip
 @click.option("--dtype", type=_DTYPES, default="auto", show_default=True, help="auto: the checkpoint's own.")
 @click.option("--max-model-len", type=int, help="Longest prompt and answer together. Default: the model's context.")
+@click.option("--engine", type=click.Choice(["vllm", "onnx"]), help="Default: onnx for an exported model, else vllm.")
+@click.option("--max-num-seqs", type=click.IntRange(1), help="Requests that run at once. Default: 8 (onnx).")
+@click.option("--max-waiting", type=click.IntRange(0), help="onnx: requests in line before 429 is sent. Default: 64.")
+@click.option("--threads", type=click.IntRange(1), help="onnx: threads of the model. Default: one a physical core.")
 @click.option("--log-file", type=click.Path(path_type=Path, dir_okay=False), help="Append vLLM's log to this file.")
 @click.option("-v", "--verbose", is_flag=True, help="Show vLLM's log.")
 def launch(
     checkpoint: str,
     vllm_flags: tuple[str, ...],
     api_key: str | None,
+    engine: str | None,
+    max_num_seqs: int | None,
+    max_waiting: int | None,
+    threads: int | None,
     log_file: Path | None,
     verbose: bool,
     **options: Any,
 ) -> int:
-    """Serve CHECKPOINT with vLLM's OpenAI-compatible server.
+    """Serve CHECKPOINT with vLLM's OpenAI-compatible server, or an exported model with ONNX Runtime.
 
-    Every option not listed here is passed on to vLLM, for example --max-num-seqs 32.
+    Every option not listed here is passed on to vLLM, for example --enable-prefix-caching.
 
     \b
     nmm-serve launch ckpt/ --port 9000
+    nmm-serve launch exported/ --engine onnx
     nmm-serve launch ckpt/ --allow-media-domain images.example.org
     """
+    from nmm_serve.onnx.manifest import is_exported
     from nmm_serve.server import LOOPBACK, Server, ServerOptions
 
+    if options["host"] not in LOOPBACK and not api_key:
+        note(f"Warning: {options['host']} can be reached from other machines, and no --api-key is set.")
+    if (engine or ("onnx" if is_exported(checkpoint) else "vllm")) == "onnx":
+        own = {"slots": max_num_seqs, "max_waiting": max_waiting, "threads": threads}
+        return _launch_onnx(checkpoint, ServerOptions(api_key=api_key, extra=vllm_flags, **options), own, log_file)
+    if max_waiting is not None or threads is not None:
+        raise click.UsageError("--max-waiting and --threads belong to --engine onnx")
+    if max_num_seqs is not None:
+        vllm_flags = (*vllm_flags, "--max-num-seqs", str(max_num_seqs))
     log_stream = log_file.open("a", buffering=1) if log_file else None
     console = stderr_console()
 
@@ -83,8 +102,6 @@ def launch(
     with console.status("Checking the checkpoint ..."):
         server = Server(checkpoint, ServerOptions(api_key=api_key, extra=vllm_flags, **options), log=log)
     _hide_key(api_key)
-    if options["host"] not in LOOPBACK and not api_key:
-        note(f"Warning: {options['host']} can be reached from other machines, and no --api-key is set.")
     signals = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, lambda *_: server.terminate()) for number in signals]
     try:
@@ -102,10 +119,25 @@ def launch(
             log_stream.close()
 
 
+def _launch_onnx(model: str, options: Any, own: dict[str, int | None], log_file: Path | None) -> int:
+    import logging
+
+    from nmm_serve.serving.run import serve
+
+    logging.basicConfig(filename=log_file, level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    _hide_key(options.api_key)
+    given = {name: value for name, value in own.items() if value is not None}
+    serve(
+        model, options, **given,  # type: ignore[arg-type]
+        ready=lambda url, name: click.echo(_welcome(url, name, bool(options.api_key))),
+    )  # fmt: skip
+    return 0
+
+
 def _hide_key(api_key: str | None) -> None:
     """Take a key that came with the command line out of what `ps` shows."""
     if api_key:
-        import setproctitle  # comes with vLLM
+        import setproctitle  # comes with vLLM, and with the extra "onnx"
 
         setproctitle.setproctitle("nmm-serve launch")
 

@@ -156,7 +156,7 @@ def server_command(checkpoint: Path, config: "NMMConfig", options: ServerOptions
         *command,
         *options.extra,
         *("--host", options.host, "--port", str(port)),
-        *("--middleware", "nmm_serve.server_gate.Gate"),
+        *("--middleware", "nmm_serve.server_gate.VLLMGate"),
         "--disable-chunked-mm-input",
         *domains,
     ]

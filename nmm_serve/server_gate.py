@@ -1,7 +1,5 @@
-"""Who may ask the server, and how much at once. `nmm-serve launch` names `Gate` to vLLM as a middleware.
-
-vLLM imports this module in its API server, and nowhere else.
-"""
+"""Who may ask the server, and how much at once: before our own server, and before vLLM's as `VLLMGate`, which
+`nmm-serve launch` names to it as a middleware."""
 
 import asyncio
 import contextlib
@@ -24,19 +22,11 @@ OPEN_PATHS = ("/health",)
 
 
 class Gate:
-    """ASGI middleware: asks for the API key on every path, and refuses a large body before it is read.
+    """ASGI middleware: asks for the API key on every path, and refuses a large body before it is read."""
 
-    vLLM's own check leaves `/tokenize`, `/invocations`, `/metrics` and others open. Being built, it also brings in
-    `server_images`, which vLLM then uses for every image.
-    """
-
-    def __init__(self, app: Any):
-        importlib.import_module("nmm_serve.server_images")
-        if parent := os.environ.get(PARENT):
-            threading.Thread(target=end_with, args=(int(parent),), daemon=True).start()
+    def __init__(self, app: Any, api_key: str | None = None):
         self.app = app
-        key = os.environ.get("VLLM_API_KEY")
-        self.key_digest = hashlib.sha256(key.encode()).digest() if key else None
+        self.key_digest = hashlib.sha256(api_key.encode()).digest() if api_key else None
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -58,6 +48,20 @@ class Gate:
             return True
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
         return scheme.lower() == b"bearer" and hmac.compare_digest(hashlib.sha256(key).digest(), self.key_digest)
+
+
+class VLLMGate(Gate):
+    """The same for vLLM, whose own check leaves `/tokenize`, `/invocations`, `/metrics` and others open.
+
+    Being built, it also brings in `server_images`, which vLLM then uses for every image. vLLM imports this module in
+    its API server, and nowhere else.
+    """
+
+    def __init__(self, app: Any):
+        importlib.import_module("nmm_serve.server_images")
+        if parent := os.environ.get(PARENT):
+            threading.Thread(target=end_with, args=(int(parent),), daemon=True).start()
+        super().__init__(app, os.environ.get("VLLM_API_KEY"))
 
 
 class BodyLimit:

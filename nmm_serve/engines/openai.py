@@ -78,6 +78,8 @@ class OpenAIEngine:
         card = self._find_model(served_model)
         self.served_model: str = card["id"]
         self.is_vllm = card.get("owned_by") == "vllm"
+        self.is_extended = card.get("owned_by") in ("vllm", "nmm-serve")
+        """Whether the server takes vLLM's additions: `ignore_eos`, `return_token_ids`, `prompt_logprobs`."""
         self.context_length: int | None = card.get("max_model_len")
 
     def __enter__(self) -> "OpenAIEngine":
@@ -162,9 +164,9 @@ class OpenAIEngine:
             body["stop"] = list(params.stop)
         if params.logprobs:
             body["logprobs"] = True if chat else 1
-        if params.ignore_eos and not self.is_vllm:
+        if params.ignore_eos and not self.is_extended:
             raise PromptError(f"ignore_eos is vLLM's own option, and {self.model} is not a vLLM server")
-        if self.is_vllm:
+        if self.is_extended:
             body["extra_body"] = {"return_token_ids": True, "ignore_eos": params.ignore_eos}
         return body
 
@@ -197,7 +199,7 @@ class OpenAIEngine:
     # ---- scores
 
     def _score(self, request: ScoreRequest) -> Score:
-        return self._persist(lambda: self._score_vllm(request) if self.is_vllm else self._score_echo(request))
+        return self._persist(lambda: self._score_vllm(request) if self.is_extended else self._score_echo(request))
 
     def _score_vllm(self, request: ScoreRequest) -> Score:
         context, target = self._tokenize(request.context, True), self._tokenize(request.continuation, False)

@@ -191,7 +191,7 @@ class TestLaunch:
     def test_conflicts(self, checkpoint):
         fails(run("launch", checkpoint, "--allowed-media-domains", "x.example"), "use --allow-media-domain", 2)
         fails(run("launch", checkpoint, "--max-model-len", 4096), "the model's context of 512")
-        fails(run("launch", "--max-num-seqs", "3", checkpoint), "give the directory first", 2)
+        fails(run("launch", "--block-size", "32", checkpoint), "give the directory first", 2)
 
     def test_a_log_file_that_cannot_be_written(self, checkpoint, tmp_path):
         fails(run("launch", checkpoint, "--log-file", tmp_path / "no" / "x.log"), "no such file or directory")

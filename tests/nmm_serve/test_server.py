@@ -39,7 +39,7 @@ def test_defaults_are_safe_and_exact(command, monkeypatch):
     assert value(built, "--dtype") == "float32"
     assert value(built, "--max-model-len") == "512"
     assert value(built, "--load-format") == "safetensors"
-    assert value(built, "--middleware") == "nmm_serve.server_gate.Gate"
+    assert value(built, "--middleware") == "nmm_serve.server_gate.VLLMGate"
     assert {"--disable-chunked-mm-input", "--disable-uvicorn-access-log", "--enforce-eager"} <= set(built)
     assert "--allowed-media-domains" not in built
     # an image takes 32 to 64 of the 512 tokens, so more than 15 are refused unread

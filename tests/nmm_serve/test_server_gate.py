@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from nmm_serve import server_gate as module
-from nmm_serve.server_gate import Gate
+from nmm_serve.server_gate import VLLMGate as Gate
 
 
 async def echo(scope, receive, send):

@@ -1,0 +1,1 @@
+"""The server for exported models: OpenAI's endpoints over ONNX Runtime, without torch."""

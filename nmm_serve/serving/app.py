@@ -1,0 +1,185 @@
+"""The endpoints. Work that takes time (JSON, images, tokens) is done in threads; the event loop passes things on."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from nmm_serve.onnx.manifest import Manifest
+from nmm_serve.prompt import TokenizerFile
+from nmm_serve.server_gate import Gate
+from nmm_serve.serving import requests
+from nmm_serve.serving.answers import Answer, ServerFailure, error_fields
+from nmm_serve.serving.metrics import Metrics
+from nmm_serve.serving.requests import Asked, BadRequest, Fields
+from nmm_serve.serving.scheduler import Busy, Scheduler
+
+PREPARED_AT_ONCE = 2
+"""Requests whose images and texts are decoded at the same time: an image may take 200 MB for a moment."""
+RETRY_AFTER_S = 1
+KINDS = {400: "BadRequestError", 404: "NotFoundError", 405: "MethodNotAllowedError", 415: "UnsupportedMediaTypeError",
+         429: "RateLimitError", 500: "InternalServerError", 503: "ServiceUnavailableError"}  # fmt: skip
+
+
+def error(status: int, message: str, param: str | None = None, headers: dict[str, str] | None = None) -> JSONResponse:
+    fields = error_fields(message, KINDS.get(status, "BadRequestError"), param, status)
+    return JSONResponse({"error": fields}, status, headers=headers)
+
+
+class Endpoints:
+    """What the routes call."""
+
+    def __init__(self, served: str, encoder: TokenizerFile, manifest: Manifest, scheduler: Scheduler, metrics: Metrics):
+        self.served, self.encoder, self.manifest = served, encoder, manifest
+        self.scheduler, self.metrics = scheduler, metrics
+        self.preparing = asyncio.Semaphore(PREPARED_AT_ONCE)
+        self.draining = False
+
+    async def health(self, request: Request) -> Response:
+        if self.scheduler.failure:
+            return error(503, f"the model's thread ended with {self.scheduler.failure}; restart the server")
+        return error(503, "the server is shutting down") if self.draining else JSONResponse({})
+
+    async def models(self, request: Request) -> Response:
+        card = {
+            "id": self.served, "object": "model", "created": 0, "owned_by": "nmm-serve",
+            "max_model_len": self.manifest.context_length,
+        }  # fmt: skip
+        return JSONResponse({"object": "list", "data": [card]})
+
+    async def metrics_page(self, request: Request) -> Response:
+        return Response(self.metrics.page(), media_type=self.metrics.content_type)
+
+    async def chat(self, request: Request) -> Response:
+        return await self._answer(request, requests.read_chat)
+
+    async def completions(self, request: Request) -> Response:
+        return await self._answer(request, requests.read_completion)
+
+    async def tokenize(self, request: Request) -> Response:
+        def work(fields: Fields) -> list[int]:
+            requests.check_names(fields, ("model", "prompt", "messages", "add_special_tokens"))
+            if fields.get("messages") is not None:
+                messages, images = requests.read_messages(fields["messages"], self.manifest)
+                return requests.encode(lambda: self.encoder.prompt_of_chat(messages, images), "messages").input_ids
+            text = requests.text_of(fields.get("prompt"), "prompt")
+            special = requests.flag(fields, "add_special_tokens", True)
+            return self.encoder.encode_marked(text) if special else self.encoder.encode_text(text)
+
+        tokens = await self._prepare(request, work)
+        return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self.manifest.context_length})
+
+    async def _prepare(self, request: Request, work: Callable[[Fields], Any]) -> Any:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise BadRequest("the content type must be application/json", status=415)
+        body = await request.body()
+
+        def both() -> Any:
+            fields = requests.parse_json(body)
+            requests.check_model(fields, self.served)
+            return work(fields)
+
+        async with self.preparing:
+            return await run_in_threadpool(both)
+
+    async def _answer(self, request: Request, read: Callable[[Fields, TokenizerFile, Manifest], Asked]) -> Response:
+        if self.draining:
+            return error(503, "the server is shutting down", headers={"Retry-After": str(RETRY_AFTER_S)})
+        if self.scheduler.is_full():  # before any work is done for it
+            return self._busy()
+        asked = await self._prepare(request, lambda fields: read(fields, self.encoder, self.manifest))
+        answer = Answer(asked, self.encoder, self.manifest, self.served)
+        try:
+            self.scheduler.submit(answer.jobs)
+        except Busy:
+            return self._busy()
+        if asked.stream:
+            return StreamingResponse(guarded(answer), media_type="text/event-stream")
+        return await self._whole(request, answer)
+
+    def _busy(self) -> Response:
+        self.metrics.rejected.inc()
+        return error(429, "the server is busy; try again later", headers={"Retry-After": str(RETRY_AFTER_S)})
+
+    async def _whole(self, request: Request, answer: Answer) -> Response:
+        """The whole answer, unless the client goes away first."""
+        working = asyncio.ensure_future(answer.whole())
+        leaving = asyncio.ensure_future(gone(request))
+        try:
+            await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                return Response(status_code=499)  # nobody reads it
+            return JSONResponse(working.result())
+        finally:
+            answer.cancel()
+            working.cancel()
+            leaving.cancel()
+
+
+async def gone(request: Request) -> None:
+    """Until the client closes its connection. The body was read before."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def guarded(answer: Answer):
+    """The pieces; whatever ends the stream ends the work for it."""
+    pieces = answer.pieces()
+    try:
+        async for piece in pieces:
+            yield piece
+    finally:
+        answer.cancel()
+        await pieces.aclose()
+
+
+def build_app(endpoints: Endpoints, api_key: str | None) -> Any:
+    """The ASGI application, behind the same gate as vLLM's server: key on every path, body size before reading."""
+    app = Starlette(
+        routes=[
+            Route("/health", endpoints.health),
+            Route("/metrics", endpoints.metrics_page),
+            Route("/v1/models", endpoints.models),
+            Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),
+            Route("/v1/completions", endpoints.completions, methods=["POST"]),
+            Route("/tokenize", endpoints.tokenize, methods=["POST"]),
+        ],
+        exception_handlers={
+            BadRequest: _bad_request,
+            HTTPException: _http_error,
+            ServerFailure: _failure,
+            ClientDisconnect: _left,
+            Exception: _unexpected,
+        },
+    )
+    return Gate(app, api_key)
+
+
+Handler = Callable[[Request, Any], Awaitable[Response]]
+
+
+async def _bad_request(request: Request, caught: BadRequest) -> Response:
+    return error(caught.status, str(caught), caught.param)
+
+
+async def _http_error(request: Request, caught: HTTPException) -> Response:
+    return error(caught.status_code, caught.detail, headers=dict(caught.headers or {}))
+
+
+async def _failure(request: Request, caught: ServerFailure) -> Response:
+    return error(500, str(caught))
+
+
+async def _left(request: Request, caught: ClientDisconnect) -> Response:
+    return Response(status_code=499)
+
+
+async def _unexpected(request: Request, caught: Exception) -> Response:
+    return error(500, "the server made a mistake on this request; its log says more")
