@@ -220,11 +220,12 @@ def table(records: tuple[Path, ...], as_json: bool) -> None:
 @click.argument("records", nargs=-1, required=True, type=_FILE)
 @click.option("-o", "--output", type=_FILE, default=Path("report.html"), show_default=True, help="The page to write.")
 @click.option("--title", default="Model comparison", show_default=True)
-def report(records: tuple[Path, ...], output: Path, title: str) -> None:
+@click.option("--scaling", type=_FILE, help="Fits of a sweep (`nmm-train fit -o`), whose plots are drawn too.")
+def report(records: tuple[Path, ...], output: Path, title: str, scaling: Path | None) -> None:
     """Write one self-contained HTML page of RECORDS: tables, plots, sample images with predictions."""
     from nmm_serve.evals.report import write_report
 
-    write_report(records, output, title=title)
+    write_report(records, output, title=title, scaling=scaling)
     note(f"Report written to {output}")
 
 

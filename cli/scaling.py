@@ -15,7 +15,10 @@ from nmm_serve.cli.render import note, print_json, print_table, progress_bars, s
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the result as a JSON file, for `plan`.")
 @click.option("--bootstraps", type=click.IntRange(20), default=200, show_default=True, help="Resamples an interval.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the resamples.")
-def fit(records: Path, as_json: bool, output: Path | None, bootstraps: int, seed: int) -> None:
+@click.option(
+    "--plots", type=click.Path(path_type=Path, file_okay=False), help="Draw the plots as PNG into this folder."
+)
+def fit(records: Path, as_json: bool, output: Path | None, bootstraps: int, seed: int, plots: Path | None) -> None:
     """Fit L = E + A/N^alpha + B/D^beta to RECORDS, a JSON Lines file with one run a line.
 
     A run has at least family, n_params (active), tokens, flops, and loss or losses by data type.
@@ -26,7 +29,7 @@ def fit(records: Path, as_json: bool, output: Path | None, bootstraps: int, seed
       nmm-train fit sweep/records.jsonl --json -o fits.json
     """
     from nmm_serve.evals.scaling.records import load_records
-    from nmm_serve.evals.scaling.study import fit_records
+    from nmm_serve.evals.scaling.study import fit_records, with_runs
 
     loaded = load_records(records)
     with progress_bars() as bars:
@@ -38,8 +41,10 @@ def fit(records: Path, as_json: bool, output: Path | None, bootstraps: int, seed
         document = fit_records(loaded, bootstraps=bootstraps, seed=seed, progress=show)
         bars.update(task, completed=len(document["fits"]), total=len(document["fits"]))
     if output is not None:
-        _write_json(output, document)
+        _write_json(output, with_runs(document, loaded))
         note(f"fits: {output}")
+    if plots is not None:
+        _write_plots(plots, with_runs(document, loaded))
     if as_json:
         print_json(document)
     else:
@@ -275,6 +280,17 @@ def _write_json(path: Path, document: dict[str, Any]) -> None:
     from nmm_serve.evals.records import write_text
 
     write_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
+
+
+def _write_plots(folder: Path, document: dict[str, Any]) -> None:
+    from nmm_serve.evals.scaling.plots import PLOTS
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for stem, _, _, draw in PLOTS:
+        drawn = draw(document)
+        if drawn is not None:
+            (folder / f"{stem}.png").write_bytes(drawn.png())
+    note(f"plots: {folder}")
 
 
 def _print_fits(document: dict[str, Any]) -> None:

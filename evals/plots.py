@@ -44,7 +44,7 @@ def vqa_by_question_type(records: Sequence[Record]) -> str | None:
         for name, group in record["tasks"]["vqa"]["per_question_type"].items():
             sizes[name] = max(sizes.get(name, 0), group["n"])
     types = sorted(sizes, key=lambda name: (-sizes[name], name))[:_MAX_GROUPS]
-    with _figure("vqa", 9.5, 0.8 + 0.26 * len(types) * (len(held) + 1)) as (figure, axes):
+    with drawing("vqa", 9.5, 0.8 + 0.26 * len(types) * (len(held) + 1)) as (figure, axes):
         thickness = 0.8 / len(held)
         for index, record in enumerate(held):
             groups = record["tasks"]["vqa"]["per_question_type"]
@@ -55,7 +55,7 @@ def vqa_by_question_type(records: Sequence[Record]) -> str | None:
                 [i - 0.4 + thickness * (index + 0.5) for i in here],
                 values,
                 height=thickness * 0.92,
-                color=_colour(index),
+                color=colour(index),
                 label=record["model"]["name"],
                 xerr=list(zip(*spans, strict=True)),
                 error_kw={"elinewidth": 0.9, "ecolor": "#333"},
@@ -84,14 +84,14 @@ def caption_metrics(records: Sequence[Record]) -> str | None:
     ]
     if not held or not metrics:
         return None
-    with _figure("caption", 9.5, 2.9, columns=len(metrics)) as (figure, panels):
+    with drawing("caption", 9.5, 2.9, columns=len(metrics)) as (figure, panels):
         for axes, metric in zip(panels, metrics, strict=True):
             for index, record in enumerate(held):
                 value = record["tasks"]["caption"]["metrics"].get(metric)
                 if value is None:
                     continue
                 low, high = _span(value, (record["tasks"]["caption"].get("intervals") or {}).get(metric))
-                axes.bar(index, value, color=_colour(index), width=0.7, yerr=[[low], [high]], ecolor="#333")
+                axes.bar(index, value, color=colour(index), width=0.7, yerr=[[low], [high]], ecolor="#333")
             axes.set_title(metric.replace("Bleu", "BLEU").replace("_", "-"), fontsize=10)
             axes.set_xticks(range(len(held)), [r["model"]["name"] for r in held], rotation=30, ha="right")
             axes.grid(axis="x", visible=False)
@@ -105,7 +105,7 @@ def latency_bars(records: Sequence[Record]) -> str | None:
         return None
     concurrencies = sorted({level["concurrency"] for r in held for level in r["tasks"]["latency"]["levels"]})
     panels_of = (("ttft_s", "TTFT, ms"), ("tpot_s", "TPOT, ms"), ("output_tokens_per_s", "output tokens/s"))
-    with _figure("latency", 9.5, 3.1, columns=3) as (figure, panels):
+    with drawing("latency", 9.5, 3.1, columns=3) as (figure, panels):
         for axes, (key, title) in zip(panels, panels_of, strict=True):
             width = 0.8 / len(held)
             for index, record in enumerate(held):
@@ -113,7 +113,7 @@ def latency_bars(records: Sequence[Record]) -> str | None:
                     at = concurrencies.index(level["concurrency"]) - 0.4 + width * (index + 0.5)
                     value, whisker = _level_value(level[key])
                     if value is not None:
-                        axes.bar(at, value, width=width * 0.92, color=_colour(index), yerr=whisker, ecolor="#333")
+                        axes.bar(at, value, width=width * 0.92, color=colour(index), yerr=whisker, ecolor="#333")
             axes.set_title(title, fontsize=10)
             axes.set_xticks(range(len(concurrencies)), [str(c) for c in concurrencies])
             axes.set_xlabel("concurrency")
@@ -154,14 +154,14 @@ def quality_against_latency(records: Sequence[Record]) -> str | None:
     ]
     if not panels_of:
         return None
-    with _figure("pareto", 4.75 * len(panels_of), 3.3, columns=len(panels_of)) as (figure, panels):
+    with drawing("pareto", 4.75 * len(panels_of), 3.3, columns=len(panels_of)) as (figure, panels):
         for axes, (quality, title) in zip(panels, panels_of, strict=True):
             for index, record in enumerate(records):
                 x, (y, interval) = e2e_ms(record), quality(record)
                 if x is None or y is None:
                     continue
                 low, high = _span(y, interval)
-                axes.errorbar(x, y, yerr=[[low], [high]], fmt="o", color=_colour(index), ms=7, elinewidth=1)
+                axes.errorbar(x, y, yerr=[[low], [high]], fmt="o", color=colour(index), ms=7, elinewidth=1)
                 axes.annotate(record["model"]["name"], (x, y), xytext=(7, 5), textcoords="offset points")
             axes.margins(y=0.2)
             axes.set_xlim(0, 1.25 * max(filter(None, map(e2e_ms, records))))
@@ -176,16 +176,16 @@ def training_curves(records: Sequence[Record]) -> str | None:
     if not held:
         return None
     validated = [(i, r) for i, r in held if any("loss_avg" in e for e in r["model"]["run"].get("validation", ()))]
-    with _figure("training", 9.5, 3.2, columns=2 if validated else 1) as (figure, panels):
+    with drawing("training", 9.5, 3.2, columns=2 if validated else 1) as (figure, panels):
         for index, record in held:
             points = record["model"]["run"]["history"]
             x, y = [p["tokens"] / 1e6 for p in points], [p["loss"] for p in points]
-            panels[0].plot(x, y, color=_colour(index), lw=1.1, label=record["model"]["name"])
+            panels[0].plot(x, y, color=colour(index), lw=1.1, label=record["model"]["name"])
         panels[0].set_title("training loss", fontsize=10)
         for index, record in validated:
             points = [p for p in record["model"]["run"]["validation"] if "loss_avg" in p]
             x, y = [p["tokens"] / 1e6 for p in points], [p["loss_avg"] for p in points]
-            panels[1].plot(x, y, color=_colour(index), lw=1.3, marker="o", ms=3)
+            panels[1].plot(x, y, color=colour(index), lw=1.3, marker="o", ms=3)
         if validated:
             panels[1].set_title("validation loss, mean over data types", fontsize=10)
         for axes in panels:
@@ -208,7 +208,7 @@ def routing_heat_map(record: Record) -> str | None:
             ("share of text tokens, %", 100 * text / text.sum(1, keepdims=True), "Oranges", None),
         ]
     num_layers, num_experts = image.shape
-    with _figure("routing-" + record["model"]["name"], 9.5, 1.5 + 0.3 * num_layers, columns=3) as (figure, panels):
+    with drawing("routing-" + record["model"]["name"], 9.5, 1.5 + 0.3 * num_layers, columns=3) as (figure, panels):
         most = max(
             (float(np.nanmax(v)) for _, v, _, top in panels_of if top is None and not np.isnan(v).all()), default=1
         )
@@ -240,18 +240,18 @@ def routing_by_layer(records: Sequence[Record]) -> str | None:
         ("text_skew", "text skew, %", 100),
         ("max_over_mean", "busiest expert over mean", 1),
     )
-    with _figure("routing-layers", 9.5, 2.9, columns=len(panels_of)) as (figure, panels):
+    with drawing("routing-layers", 9.5, 2.9, columns=len(panels_of)) as (figure, panels):
         for axes, (key, title, scale) in zip(panels, panels_of, strict=True):
             for index, record in held:
                 points = [(layer["layer"], layer[key]) for layer in record["tasks"]["routing"]["layers"]]
                 points = [(x, number) for x, number in points if number["value"] is not None]
                 values = [scale * number["value"] for _, number in points]
                 name = record["model"]["name"]
-                axes.plot([x for x, _ in points], values, color=_colour(index), marker="o", ms=3, label=name)
+                axes.plot([x for x, _ in points], values, color=colour(index), marker="o", ms=3, label=name)
                 spans = [(x, n["interval"]) for x, n in points if n["interval"]]
                 axes.fill_between(
                     [x for x, _ in spans], [scale * i["low"] for _, i in spans], [scale * i["high"] for _, i in spans],
-                    color=_colour(index), alpha=0.2, lw=0,
+                    color=colour(index), alpha=0.2, lw=0,
                 )  # fmt: skip
             axes.set_title(title, fontsize=9.5)
             axes.set_xlabel("layer")
@@ -266,7 +266,7 @@ def routing_over_training(records: Sequence[Record]) -> str | None:
     held = [r for r in records if r["tasks"].get("routing", {}).get("history")]
     if not held:
         return None
-    with _figure("routing-training", 9.5, 2.9 * len(held), columns=2, rows=len(held)) as (figure, panels):
+    with drawing("routing-training", 9.5, 2.9 * len(held), columns=2, rows=len(held)) as (figure, panels):
         for row, record in enumerate(held):
             history = record["tasks"]["routing"]["history"]
             x = [entry["tokens"] / 1e6 for entry in history]
@@ -277,14 +277,14 @@ def routing_over_training(records: Sequence[Record]) -> str | None:
             ):  # fmt: skip
                 for layer in range(num_layers):
                     values = [np.nan if e[key][layer] is None else e[key][layer] for e in history]
-                    axes.plot(x, values, color=_colour(layer), lw=1, label=f"layer {layer}")
+                    axes.plot(x, values, color=colour(layer), lw=1, label=f"layer {layer}")
                 axes.set_title(f"{record['model']['name']}: {title}", fontsize=9.5)
                 axes.set_xlabel("tokens, millions")
         _legend_above(figure, panels[0])
     return figure.svg
 
 
-class _Drawing:
+class Drawing:
     """A figure that becomes SVG text when its `with` block ends."""
 
     svg: str
@@ -292,9 +292,14 @@ class _Drawing:
     def __init__(self, figure: "Figure") -> None:
         self.figure = figure
 
+    def png(self) -> bytes:
+        buffer = io.BytesIO()
+        self.figure.savefig(buffer, format="png", dpi=160)
+        return buffer.getvalue()
+
 
 @contextmanager
-def _figure(name: str, width: float, height: float, columns: int = 0, rows: int = 1) -> Iterator[tuple[_Drawing, Any]]:
+def drawing(name: str, width: float, height: float, columns: int = 0, rows: int = 1) -> Iterator[tuple[Drawing, Any]]:
     """A figure of `rows` x `columns` panels in one list (0 columns: one, not in a list). `name` keeps the
     element ids of the SVGs in one page apart."""
     try:
@@ -306,18 +311,18 @@ def _figure(name: str, width: float, height: float, columns: int = 0, rows: int 
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(width, height), layout="constrained")
         panels = figure.subplots(rows, max(1, columns), squeeze=False).ravel()
-        drawing = _Drawing(figure)
-        yield drawing, list(panels) if columns else panels[0]
+        drawn = Drawing(figure)
+        yield drawn, list(panels) if columns else panels[0]
         buffer = io.StringIO()
         with warnings.catch_warnings():
             # Text stays text in the SVG: the reader's browser has the letters that matplotlib's font lacks.
             warnings.filterwarnings("ignore", message="Glyph .* missing from")
             figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         text = buffer.getvalue()
-        drawing.svg = text[text.index("<svg") :]
+        drawn.svg = text[text.index("<svg") :]
 
 
-def _colour(index: int) -> str:
+def colour(index: int) -> str:
     return _COLOURS[index % len(_COLOURS)]
 
 
@@ -328,14 +333,14 @@ def _span(value: float, interval: Any) -> tuple[float, float]:
     return max(0.0, value - interval["low"]), max(0.0, interval["high"] - value)
 
 
-def _legend_above(drawing: _Drawing, axes: "Axes") -> None:
+def _legend_above(drawn: Drawing, axes: "Axes") -> None:
     handles, labels = axes.get_legend_handles_labels()
-    drawing.figure.legend(handles, labels, loc="outside upper center", ncols=min(6, len(labels)))
+    drawn.figure.legend(handles, labels, loc="outside upper center", ncols=min(6, len(labels)))
 
 
-def _legend_of_models(drawing: _Drawing, records: Sequence[Record]) -> None:
+def _legend_of_models(drawn: Drawing, records: Sequence[Record]) -> None:
     from matplotlib.patches import Patch
 
-    handles = [Patch(color=_colour(i)) for i in range(len(records))]
+    handles = [Patch(color=colour(i)) for i in range(len(records))]
     names = [record["model"]["name"] for record in records]
-    drawing.figure.legend(handles, names, loc="outside upper center", ncols=min(6, len(names)))
+    drawn.figure.legend(handles, names, loc="outside upper center", ncols=min(6, len(names)))

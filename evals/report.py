@@ -12,6 +12,7 @@ from nmm_serve.errors import ImageError
 from nmm_serve.evals import plots
 from nmm_serve.evals.records import Record, load_items, load_record, tell_apart, write_text
 from nmm_serve.evals.samples import by_hash, thumbnail
+from nmm_serve.evals.scaling.plots import report_plots
 from nmm_serve.evals.table import (
     MISSING,
     Cell,
@@ -30,8 +31,10 @@ _RIGHT = 90
 """VQA accuracy in percent from which an answer counts as right: three of the other nine annotators gave it."""
 
 
-def write_report(paths: Sequence[Path], output: Path, *, title: str = "Model comparison") -> None:
-    """Draw the records into one page at `output`, written whole or not at all.
+def write_report(
+    paths: Sequence[Path], output: Path, *, title: str = "Model comparison", scaling: Path | None = None
+) -> None:
+    """Draw the records into one page at `output`, written whole or not at all. `scaling`: fits of a sweep, drawn too.
 
     Raises DataError for a file that is no record, OSError when the page cannot be written.
     """
@@ -55,7 +58,7 @@ def write_report(paths: Sequence[Path], output: Path, *, title: str = "Model com
         rows=rows,
         best=_best_rows(columns, rows),
         remarks=remarks(records),
-        plots=_plots(records),
+        plots=_plots(records) + ([] if scaling is None else report_plots(scaling)),
         samples=_samples(records, items),
         type_table=_type_table(records),
         text_table=_text_table(records),

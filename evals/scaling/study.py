@@ -196,3 +196,14 @@ def resampled_laws(fitted: LawFit) -> dict[str, list[float]]:
 def headline(document: dict[str, Any]) -> list[dict[str, Any]]:
     """The fits of the mean loss, one a family."""
     return [fit for fit in document["fits"] if fit["target"] == MEAN and fit["E"] is not None]
+
+
+def with_runs(document: dict[str, Any], records: Records) -> dict[str, Any]:
+    """The document and the runs it was fitted to, which the plots draw."""
+    rows = [
+        {
+            "family": r.family, "n_params": r.n_params, "tokens": r.tokens, "flops": r.flops, "loss": r.losses[MEAN]
+        }
+        for r in records.runs
+    ]  # fmt: skip
+    return {**document, "runs": rows}
