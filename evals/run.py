@@ -7,6 +7,7 @@ Answers are kept on disk as they come (`evals/answers.py`): a run that was kille
 """
 
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -150,6 +151,23 @@ def failures(record: Record) -> list[str]:
     return lines
 
 
+class _Saturation:
+    """How much of the time between the first question and the last answer the engine ran a full batch."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._full_s = getattr(engine, "full_s", None)
+        self._start_s = time.perf_counter()
+
+    def section(self) -> dict[str, Any]:
+        wall_s = time.perf_counter() - self._start_s
+        if self._full_s is None:
+            reason = f"the {self._engine.name} engine does not tell how many requests ran in each step"
+            return {"asking_s": wall_s, "full_batch_share": None, "full_batch_reason": reason}
+        full_s = self._engine.full_s - self._full_s  # type: ignore[attr-defined]
+        return {"asking_s": wall_s, "full_batch_share": full_s / wall_s}
+
+
 def ask(
     engine: Engine,
     samples: Sequence[Sample],
@@ -210,7 +228,9 @@ def _run_vqa(
 ) -> dict[str, Any]:
     progress = start_task("vqa", len(data.questions))
     samples = [(q.question_id, q.image, VQA_PROMPT.format(question=q.text)) for q in data.questions]
+    saturation = _Saturation(engine)
     answers = ask(engine, samples, VQA_MAX_TOKENS, options.chunk, progress, kept)
+    speed = saturation.section()
     good = [q for q in data.questions if answers[q.question_id].error is None]
     scored = vqa.score(good, {q.question_id: answers[q.question_id].text.strip() for q in good}) if good else None
     per_question = {item["question_id"]: item for item in scored.items()} if scored else {}
@@ -245,6 +265,7 @@ def _run_vqa(
         "n_total": data.total,
         "images": len({q.image_id for q in data.questions}),
         "answers_reused": kept.reused,
+        "speed": speed,
         **_failed((q.question_id, answers[q.question_id]) for q in data.questions),
         "cut_at_max_tokens": sum(o.finish_reason == "length" for o in answers.values()),
         **vqa.baselines(data.questions),
@@ -294,7 +315,9 @@ def _run_caption(
 ) -> dict[str, Any]:
     progress = start_task("caption", len(data.images))
     samples = [(i.image_id, i.image, CAPTION_PROMPT) for i in data.images]
+    saturation = _Saturation(engine)
     answers = ask(engine, samples, CAPTION_MAX_TOKENS, options.chunk, progress, kept)
+    speed = saturation.section()
     good = [i for i in data.images if answers[i.image_id].error is None]
     scored = None
     if good:
@@ -331,6 +354,7 @@ def _run_caption(
         "n": len(data.images),
         "n_total": data.total,
         "answers_reused": kept.reused,
+        "speed": speed,
         **_failed((i.image_id, answers[i.image_id]) for i in data.images),
         "cut_at_max_tokens": sum(o.finish_reason == "length" for o in answers.values()),
         "tokenizer": scored.tokenizer if scored else None,

@@ -117,6 +117,8 @@ class VLLMEngine:
                 f"{config.max_position_embeddings}"
             )
         self.max_num_seqs = max_num_seqs
+        self.full_s = 0.0
+        """Seconds of steps in which `max_num_seqs` requests ran: how much of the time the engine was kept busy."""
         self.vllm = import_vllm()
         if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0" and VLLMEngine.open_model is not None:
             raise EngineError(
@@ -229,8 +231,11 @@ class VLLMEngine:
                             progress(1)
                     if not running:
                         return [task.result() for task in tasks]
+                    full, start = len(running) == self.max_num_seqs, time.perf_counter()
                     outputs = self.engine.step()
                     now = time.perf_counter()
+                    if full:
+                        self.full_s += now - start
                     for output in outputs:
                         running[output.request_id].add(output, now)
                         if output.finished:

@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import time
 
 import pytest
 from eval_fakes import FakeEngine, big, failed, image_tag, oracle, prompt_text, says, write_dataset
@@ -136,6 +137,16 @@ def test_all_tasks_in_one_record(run):
         assert section["definitions"]
     assert len(record["samples"]) == 6
     assert all(src.startswith("data:image/jpeg;base64,") for src in record["samples"].values())
+
+
+def test_share_of_the_time_with_a_full_batch(run, monkeypatch):
+    record, _, _ = run(oracle)
+    speed = record["tasks"]["vqa"]["speed"]
+    assert speed["full_batch_share"] is None
+    assert "fake engine does not tell" in speed["full_batch_reason"]
+    monkeypatch.setattr(FakeEngine, "full_s", property(lambda engine: 0.5 * time.perf_counter()), raising=False)
+    record, _, _ = run(oracle)
+    assert record["tasks"]["vqa"]["speed"]["full_batch_share"] == pytest.approx(0.5, rel=0.05)
 
 
 def test_answers_cut_short_are_counted(run):

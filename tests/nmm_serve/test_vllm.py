@@ -104,6 +104,15 @@ def test_outputs_carry_what_the_protocol_says(early, oracle):
     assert 0 < timing.preprocess_s < timing.ttft_s == timing.token_s[0] <= timing.token_s[-1] == timing.e2e_s
 
 
+def test_time_with_a_full_batch_is_counted(early):
+    request = Request(prompt="what is", sampling=SamplingParams(max_tokens=4, ignore_eos=True))
+    before = early.full_s
+    early.generate([request])
+    assert early.full_s == before
+    early.generate([request] * early.max_num_seqs)
+    assert early.full_s > before
+
+
 def test_stop_strings_and_end_token(early, oracle):
     sampling = SamplingParams(max_tokens=64, ignore_eos=True)
     (free,) = oracle.generate([Request(prompt="what is", sampling=sampling)])
