@@ -17,7 +17,7 @@ _SHOWN_FAILURES = 5
 
 @click.group(cls=Group)
 def main() -> None:
-    """Evaluate native multimodal models: VQA, captions, latency; compare them; write a report."""
+    """Evaluate native multimodal models: VQA, captions, text, latency; compare them; write a report."""
 
 
 main.add_command(score)
@@ -26,6 +26,11 @@ main.add_command(compare)
 
 def _evaluation(command: Callable[..., None]) -> Callable[..., None]:
     """The options that vqa, caption, latency and all have in common."""
+    return _any_evaluation(_data_options(command))
+
+
+def _any_evaluation(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of everything that asks a model."""
     for decorate in reversed(
         (
             click.option(
@@ -37,6 +42,23 @@ def _evaluation(command: Callable[..., None]) -> Callable[..., None]:
             ),
             click.option("--name", help="How tables call the model. Default: the directory's name."),
             click.option(
+                "--limit", type=click.IntRange(1), help="Only the first N items; the record is then not final."
+            ),
+            click.option("--batch-size", type=click.IntRange(1), help="Requests at once. Default: the engine's."),
+            click.option("--seed", type=int, default=0, show_default=True, help="Seed of the bootstrap."),
+            click.option("-o", "--output", type=_FILE, help="Where the record goes. Default: NAME-TASK.json here."),
+            click.option("--json", "as_json", is_flag=True, help="Print the record, and nothing else, on stdout."),
+        )
+    ):
+        command = decorate(command)
+    return command
+
+
+def _data_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Where pictures with questions and captions are."""
+    for decorate in reversed(
+        (
+            click.option(
                 "--data", type=_FILE, help="Folder with images/SPLIT/, captions_SPLIT.json, vqa_SPLIT_*.json."
             ),
             click.option("--split", default="val", show_default=True, help="Which split of --data."),
@@ -44,13 +66,6 @@ def _evaluation(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--captions", type=_FILE, help="COCO captions JSON, in place of the one in --data."),
             click.option("--questions", type=_FILE, help="VQA v2 questions JSON, in place of the one in --data."),
             click.option("--annotations", type=_FILE, help="VQA v2 annotations JSON, in place of the one in --data."),
-            click.option(
-                "--limit", type=click.IntRange(1), help="Only the first N items; the record is then not final."
-            ),
-            click.option("--batch-size", type=click.IntRange(1), help="Requests at once. Default: the engine's."),
-            click.option("--seed", type=int, default=0, show_default=True, help="Seed of the bootstrap."),
-            click.option("-o", "--output", type=_FILE, help="Where the record goes. Default: NAME-TASK.json here."),
-            click.option("--json", "as_json", is_flag=True, help="Print the record, and nothing else, on stdout."),
         )
     ):
         command = decorate(command)
@@ -191,12 +206,41 @@ def contamination(**options: Any) -> None:
     _raise_failures(record, out)
 
 
+@main.command()
+@_any_evaluation
+@click.option(
+    "--tasks",
+    default="nmm",
+    show_default=True,
+    help="Comma-separated: lm-eval's names, groups and tags, patterns, paths of YAML files. nmm: all that we ship.",
+)
+@click.option(
+    "--include-path",
+    type=_FILE,
+    multiple=True,
+    help="Folder with YAML tasks of yours. They are programs: !function runs what they name.",
+)
+@click.option("--num-fewshot", type=click.IntRange(0), help="Examples before each item, where the task leaves it open.")
+@click.option("--apply-chat-template", is_flag=True, help="Ask in the chat format, for fine-tuned models.")
+@click.option("--system-instruction", help="Words before every prompt.")
+@click.option(
+    "--gen-kwargs", default="", help="Over the tasks' own, as key=value,...: max_gen_toks=32,temperature=0.7."
+)
+@click.option("--output-dir", type=_FILE, help="Folder for the results in lm-eval's own format.")
+@click.option("--log-samples", is_flag=True, help="Every item with its answer into --output-dir too.")
+def text(**options: Any) -> None:
+    """Text tasks through lm-eval: its own, yours, and those that we ship."""
+    if options["log_samples"] and not options["output_dir"]:
+        raise click.UsageError("--log-samples needs --output-dir")
+    _evaluate(("text",), options)
+
+
 @main.command(name="all")
 @_evaluation
 @_load_options
 def all_(**options: Any) -> None:
-    """VQA, captions, latency and, for a mixture of experts, routing: one record."""
-    tasks = ("vqa", "caption", "latency")
+    """VQA, captions, latency, our text tasks and, for a mixture of experts, routing: one record."""
+    tasks = ("vqa", "caption", "latency", "text")
     if Path(options["model"]).is_dir():
         from nmm_serve.evals.routing import is_sparse
 
@@ -236,9 +280,9 @@ def _evaluate(tasks: tuple[str, ...], options: dict[str, Any]) -> None:
     from nmm_serve.evals.run import Options, evaluate, load_data, open_for
 
     files = find_files(
-        options["data"],
-        options["split"],
-        **{name: options[name] for name in ("images", "captions", "questions", "annotations")},
+        options.get("data"),
+        options.get("split", ""),
+        **{name: options.get(name) for name in ("images", "captions", "questions", "annotations")},
     )
     model, name = options["model"], options["name"]
     load = Load()
@@ -253,7 +297,7 @@ def _evaluate(tasks: tuple[str, ...], options: dict[str, Any]) -> None:
     out = options["output"] or Path(f"{_file_name(name or model)}-{label}.json")
     plan = Options(
         tasks=tasks, files=files, out=out, name=name, limit=options["limit"], seed=options["seed"], load=load,
-        at_once=options["batch_size"],
+        at_once=options["batch_size"], text=_text_options(options),
     )  # fmt: skip
     data = load_data(plan)  # before the model: a wrong path should not cost the time to load one
     with quiet_stdout(), progress_bars() as bars:
@@ -329,6 +373,24 @@ def _print_routing(record: dict[str, Any]) -> None:
     print_table(record["model"]["name"], columns, rows, caption)
     for line in remarks([record]):
         note(line)
+
+
+def _text_options(options: dict[str, Any]) -> Any:
+    """What `text` was given; the tasks that ship for `all`, which has no options for them."""
+    from nmm_serve.evals.text import TextOptions, parse_gen_kwargs
+
+    if "tasks" not in options:
+        return TextOptions(leave_out=True)
+    return TextOptions(
+        tasks=tuple(name for name in options["tasks"].split(",") if name),
+        include_path=options["include_path"],
+        num_fewshot=options["num_fewshot"],
+        chat_template=options["apply_chat_template"],
+        system_instruction=options["system_instruction"],
+        gen_kwargs=parse_gen_kwargs(options["gen_kwargs"]),
+        output_dir=options["output_dir"],
+        log_samples=options["log_samples"],
+    )
 
 
 def _file_name(model: str) -> str:

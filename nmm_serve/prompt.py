@@ -76,9 +76,30 @@ class PromptEncoder:
         """A chat up to the assistant's turn."""
         return self.prompt_of_parts([part for _, part in message_parts(messages, True)], images)[0]
 
-    def prompt_of_text(self, text: str, images: Sequence[Image.Image] = ()) -> Prompt:
-        """A raw prompt: `<|image|>` marks each image, special tokens in it are special, `<|bos|>` is put before it."""
-        return self.prompt_of_ids(self.encode_marked(text), images)
+    def prompt_of_text(self, text: str | Sequence[int], images: Sequence[Image.Image] = ()) -> Prompt:
+        """A raw prompt, as `prompt_ids` reads it, with its images."""
+        return self.prompt_of_ids(self.prompt_ids(text), images)
+
+    def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """A raw prompt with one `<|image|>` for each image. Special tokens in a text are special, and `<|bos|>` is put
+        before it; token ids are taken as they are."""
+        return self.encode_marked(prompt) if isinstance(prompt, str) else list(prompt)
+
+    def continuation_ids(self, continuation: str | Sequence[int]) -> list[int]:
+        """What is scored after a prompt: plain text, or token ids as they are."""
+        return self.encode_text(continuation) if isinstance(continuation, str) else list(continuation)
+
+    def parts_to_ids(self, parts: Iterable[Part]) -> list[int]:
+        """Like `prompt_of_parts`, but each image is one `<|image|>`; the patches are put in later."""
+        ids: list[int] = []
+        for part in parts:
+            if isinstance(part, ImageSlot):
+                ids.append(self.token_id(IMAGE))
+            elif isinstance(part, Special):
+                ids.append(self.token_id(str(part)))
+            else:
+                ids += self.encode_text(part)
+        return ids
 
     def prompt_of_ids(self, marked: Sequence[int], images: Sequence[Image.Image] = ()) -> Prompt:
         """Token ids with one `<|image|>` for each image."""

@@ -94,7 +94,7 @@ def test_wheel_holds_every_file(tmp_path):
         "/".join((*name.split("."), *path.relative_to(ROOT / folder).parts))
         for folder, name in ROOMS.items()
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".yaml", ".jinja", ".html", ".json", ".typed")
+        if path.suffix in (".py", ".yaml", ".jsonl", ".jinja", ".html", ".json", ".typed")
     }
     assert packed == expected
 

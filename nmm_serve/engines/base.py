@@ -33,12 +33,13 @@ class Request:
     """One prompt: chat `messages`, or a raw `prompt`; exactly one of the two.
 
     `messages` are in the OpenAI shape: `{"role": ..., "content": str | [parts]}` with parts
-    `{"type": "text", "text": ...}` and `{"type": "image"}`. A raw `prompt` marks each image with
-    `<|image|>`. `images` are taken in the order in which they appear.
+    `{"type": "text", "text": ...}` and `{"type": "image"}`. A raw `prompt` is text that marks each image with
+    `<|image|>`, or token ids, taken as they are, with one id of `<|image|>` for each image. `images` are taken in the
+    order in which they appear.
     """
 
     messages: Sequence[dict[str, Any]] | None = None
-    prompt: str | None = None
+    prompt: str | Sequence[int] | None = None
     images: Sequence[Image.Image] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
@@ -78,10 +79,14 @@ class Output:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreRequest:
-    """Log-likelihood of `continuation` after `context` (raw text, images marked with `<|image|>`)."""
+    """Log-likelihood of `continuation` after `context`.
 
-    context: str
-    continuation: str
+    Both as text (the context raw, with `<|image|>` for each image) or both as token ids, which are taken as they are:
+    whoever scores a word within a text must cut the tokens of the whole, since tokens may reach over the boundary.
+    """
+
+    context: str | Sequence[int]
+    continuation: str | Sequence[int]
     images: Sequence[Image.Image] = ()
 
 

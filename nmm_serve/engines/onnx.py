@@ -67,7 +67,8 @@ class OnnxEngine:
         if request.messages is not None:
             prompt = self.encoder.prompt_of_chat(request.messages, request.images)
         else:
-            prompt = self.encoder.prompt_of_text(request.prompt or "", request.images)
+            assert request.prompt is not None
+            prompt = self.encoder.prompt_of_text(request.prompt, request.images)
         check_room(len(prompt.input_ids), request.sampling.max_tokens, self.context_length)
         return prompt
 
@@ -118,7 +119,7 @@ class OnnxEngine:
         scores = []
         for request in requests:
             context = self.encoder.prompt_of_text(request.context, request.images)
-            target = self.encoder.encode_text(request.continuation)
+            target = self.encoder.continuation_ids(request.continuation)
             if not target:
                 raise PromptError("an empty continuation has no likelihood")
             ids = context.input_ids + target

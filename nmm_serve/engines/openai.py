@@ -112,7 +112,7 @@ class OpenAIEngine:
                 raise EngineError(
                     "a server cannot score a raw context with images; use the checkpoint with engine torch or vllm"
                 )
-            if not request.continuation:
+            if not len(request.continuation):
                 raise PromptError("an empty continuation has no likelihood")
         return self._in_parallel(self._score, requests, progress)
 
@@ -150,7 +150,8 @@ class OpenAIEngine:
             return "chat", body | {"messages": with_images(request.messages, request.images)}
         if request.images:
             raise PromptError("a server takes images only in chat messages, not in a raw prompt; use messages")
-        return "completions", body | {"prompt": request.prompt}
+        assert request.prompt is not None
+        return "completions", body | {"prompt": as_json(request.prompt)}
 
     def _sampling(self, params: SamplingParams, chat: bool) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -202,7 +203,10 @@ class OpenAIEngine:
         return self._persist(lambda: self._score_vllm(request) if self.is_extended else self._score_echo(request))
 
     def _score_vllm(self, request: ScoreRequest) -> Score:
-        context, target = self._tokenize(request.context, True), self._tokenize(request.continuation, False)
+        context, target = (
+            self._tokenize(side, is_context) if isinstance(side, str) else list(side)
+            for side, is_context in ((request.context, True), (request.continuation, False))
+        )
         response = self.client.completions.create(
             model=self.served_model,
             prompt=context + target,
@@ -220,6 +224,14 @@ class OpenAIEngine:
             num_tokens=len(target),
         )
 
+    def tokenize(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """Token ids of each text, by the server's own tokenizer. Raises EngineError where the server is not vLLM."""
+        if not self.is_vllm:
+            raise EngineError(f"{self.model} is not a vLLM server, so it does not tell its tokens")
+        return self._in_parallel(
+            lambda text: self._persist(lambda: self._tokenize(text, add_special_tokens)), texts, None
+        )
+
     def _tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
         root = self.client.with_options(base_url=str(self.client.base_url).removesuffix("/").removesuffix("/v1"))
         body = {"model": self.served_model, "prompt": text, "add_special_tokens": add_special_tokens}
@@ -228,6 +240,8 @@ class OpenAIEngine:
 
     def _score_echo(self, request: ScoreRequest) -> Score:
         """The way of the old completions API: the prompt is echoed with its log-probabilities."""
+        if not isinstance(request.context, str) or not isinstance(request.continuation, str):
+            raise EngineError(f"{self.model} scores text, not token ids: it is not a vLLM server")
         response = self.client.completions.create(
             model=self.served_model,
             prompt=request.context + request.continuation,
@@ -241,7 +255,7 @@ class OpenAIEngine:
             raise EngineError(f"{self.model} does not echo the log-probabilities of a prompt, so it cannot score text")
         boundary = len(request.context)
         if boundary not in found.text_offset:
-            raise EngineError(
+            raise PromptError(
                 f"a token of {self.model} reaches over the end of the context {request.context[-20:]!r}, "
                 "so the continuation has no score of its own"
             )
@@ -410,6 +424,10 @@ def data_url(image: Image.Image) -> str:
     buffer = io.BytesIO()
     load_image(image).save(buffer, "PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def as_json(prompt: str | Sequence[int]) -> str | list[int]:
+    return prompt if isinstance(prompt, str) else list(prompt)
 
 
 def server_message(error: Any) -> str:

@@ -74,7 +74,8 @@ class TorchEngine:
         if request.messages is not None:
             prompt = self.processor.encode_chat(request.messages, request.images)
         else:
-            prompt = self.processor.encode_prompt(request.prompt or "", request.images)
+            assert request.prompt is not None
+            prompt = self.processor.encode_prompt(request.prompt, request.images)
         check_room(len(prompt.input_ids), request.sampling.max_tokens, self.context_length)
         return prompt
 
@@ -139,7 +140,7 @@ class TorchEngine:
             prompts, lengths = [], []
             for request in chunk:
                 context = self.processor.encode_prompt(request.context, request.images)
-                target = self.processor.encode_text(request.continuation)
+                target = self.processor.continuation_ids(request.continuation)
                 if not target:
                     raise PromptError("an empty continuation has no likelihood")
                 if len(context.input_ids) + len(target) > self.context_length:

@@ -35,13 +35,12 @@ class Generation:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        from nmm_serve.vllm_plugin.renderer import parts_to_ids
-
         request, processor = self.request, self.engine.processor
         if request.messages is not None:
-            ids = parts_to_ids(processor, (part for _, part in message_parts(request.messages, True)))
+            ids = processor.parts_to_ids(part for _, part in message_parts(request.messages, True))
         else:
-            ids = processor.tokenizer.encode(request.prompt)
+            assert request.prompt is not None
+            ids = processor.prompt_ids(request.prompt)
         sampling = request.sampling
         params = SamplingParams(
             max_tokens=sampling.max_tokens,
@@ -107,7 +106,7 @@ class Scoring:
         self.engine = engine
         self.request = request
         self.begin = self.preprocess_s = 0.0
-        self.target = engine.processor.encode_text(request.continuation)
+        self.target = engine.processor.continuation_ids(request.continuation)
         self.logprobs: list[float] = []
         self.is_greedy = True
 
@@ -116,7 +115,7 @@ class Scoring:
 
         if not self.target:
             raise PromptError("an empty continuation has no likelihood")
-        ids = self.engine.processor.tokenizer.encode(self.request.context) + self.target[:-1]
+        ids = self.engine.processor.prompt_ids(self.request.context) + self.target[:-1]
         params = SamplingParams(
             max_tokens=1,
             temperature=0.0,

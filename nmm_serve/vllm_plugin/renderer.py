@@ -5,7 +5,7 @@ model's mouth. Here text stays text.
 """
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
@@ -15,22 +15,9 @@ from vllm.renderers.hf import HfRenderer
 from vllm.renderers.params import ChatParams
 from vllm.utils.async_utils import make_async
 
-from nmm_serve.chat import IMAGE, ImageSlot, Part, Special, message_parts
+from nmm_serve.chat import IMAGE, Part, message_parts
 from nmm_serve.errors import NMMError
 from nmm_serve.processor import NMMProcessor
-
-
-def parts_to_ids(processor: NMMProcessor, parts: Iterable[Part]) -> list[int]:
-    """Like `NMMProcessor.encode_parts`, but each image is one token: vLLM puts the patches in later."""
-    ids: list[int] = []
-    for part in parts:
-        if isinstance(part, ImageSlot):
-            ids.append(processor.image_token_id)
-        elif isinstance(part, Special):
-            ids.append(processor.tokenizer.convert_tokens_to_ids(str(part)))
-        else:
-            ids += processor.encode_text(part)
-    return ids
 
 
 def chat_parts(messages: Sequence[dict[str, Any]], options: dict[str, Any]) -> list[Part]:
@@ -62,7 +49,7 @@ class NMMRenderer(HfRenderer):
 
     def _to_prompt(self, conversation, mm_data, mm_uuids, params: ChatParams) -> TokensPrompt:
         try:
-            ids = parts_to_ids(self.processor, chat_parts(conversation, params.chat_template_kwargs))
+            ids = self.processor.parts_to_ids(chat_parts(conversation, params.chat_template_kwargs))
         except NMMError as error:
             raise VLLMValidationError(str(error), parameter="messages") from error
         prompt = TokensPrompt(prompt_token_ids=ids)

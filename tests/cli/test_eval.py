@@ -64,7 +64,32 @@ def test_all_is_one_record_from_one_engine(data, engine, tmp_path):
     result = run("all", "--model", "some/ckpt", "--data", data, "-o", "r/all.json", *QUICK)
     assert result.exit_code == 0, result.stderr
     assert len(engine) == 1
-    assert list(json.loads((tmp_path / "r" / "all.json").read_text())["tasks"]) == ["vqa", "caption", "latency"]
+    tasks = json.loads((tmp_path / "r" / "all.json").read_text())["tasks"]
+    assert list(tasks) == ["vqa", "caption", "latency", "text"]
+    assert set(tasks["text"]["left_out"]) == {"nmm_perplexity"}
+    assert "nmm_perplexity left out" in result.stderr
+    assert 0 < tasks["text"]["tasks"]["nmm_story"]["metrics"]["acc"] < 1
+
+
+def test_text_prints_its_scores_and_writes_results(data, engine, tmp_path):
+    result = run(
+        "text", "--model", "m", "--tasks", "nmm_story,nmm_arithmetic", "--limit", 5, "--output-dir", "lm",
+        "--log-samples", "--gen-kwargs", "max_gen_toks=3",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    assert "nmm_story" in result.stdout
+    section = json.loads((tmp_path / "m-text.json").read_text())["tasks"]["text"]
+    assert section["gen_kwargs"] == {"max_gen_toks": 3}
+    assert section["tasks"]["nmm_arithmetic"]["metrics"] == {"exact_match": 0.0}
+    assert len(list((tmp_path / "lm").rglob("samples_*.jsonl"))) == 2
+
+
+def test_text_says_what_is_wrong_with_its_options(data, engine):
+    assert run("text", "--model", "m", "--log-samples").exit_code == 2
+    result = run("text", "--model", "m", "--tasks", "gone.yaml")
+    assert result.exit_code == 1
+    assert "gone.yaml does not exist" in result.stderr
+    assert not engine
 
 
 @pytest.mark.parametrize("task", ["vqa", "caption", "latency"])

@@ -27,13 +27,18 @@ class FakeEngine:
         self.batches.append(len(requests))
         outputs = []
         for request in requests:
-            outputs.append(self._answer(request))
+            outputs.append(says("") if request.messages is None else self._answer(request))  # a text task's prompt
             if progress:
                 progress(1)
         return outputs
 
     def loglikelihood(self, requests: Sequence[ScoreRequest], progress: Progress | None = None) -> list[Score]:
-        raise NotImplementedError
+        if progress:
+            progress(len(requests))
+        return [
+            Score(logprob=-float(len(r.continuation)), is_greedy=False, num_tokens=len(r.continuation))
+            for r in requests
+        ]
 
     def describe(self) -> dict[str, Any]:
         return {"dtype": "none", "device": "none"}
