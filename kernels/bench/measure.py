@@ -24,6 +24,8 @@ from nmm_serve.kernels.bench.roofline import Roofline
 CACHE_MULTIPLE = 4
 LEAST_ROUNDS, MOST_ROUNDS = 5, 50
 WARMUP = 2
+MOST_GRAPH_TOKENS = 4096
+"""Of a training step: a graph keeps the step's memory while the other peers run, and launches no longer count."""
 
 
 def make_copies(shape: Shape, device: Device, dtype: torch.dtype, requires_grad: bool) -> list[Weights]:
@@ -111,7 +113,6 @@ def measure_cell(
     ideal_s = roofline.seconds(least)
     entries = [Entry(peer) for peer in peers]
     expected = Expected(cell, copies[0], x_TD, logits_TE, dy_TD)
-    clocks = [device.clock_mhz()]
     for entry in entries:
         try:
             prepare(entry, cell, copies, device, expected)
@@ -126,12 +127,12 @@ def measure_cell(
             entry.samples.setdefault(mode, []).append(sample)
         if now() >= deadline and number + 1 >= LEAST_ROUNDS:
             break
-    clocks.append(device.clock_mhz())
+    clock_mhz = device.clock_mhz()  # at once, while it is still what the load made of it
     results = [entry.as_dict(ideal_s, least.flops, least.num_bytes) for entry in entries]
     return {
         "shape": cell.shape.name, "hidden": cell.shape.hidden, "intermediate": cell.shape.intermediate,
         "experts": cell.shape.experts, "regime": cell.regime, "tokens": cell.tokens, "top_k": cell.top_k,
-        "routing": cell.routing, "weight_copies": len(copies), "sm_clock_mhz": clocks,
+        "routing": cell.routing, "weight_copies": len(copies), "sm_clock_mhz": clock_mhz,
         "roofline": {"seconds": ideal_s, "bytes": least.num_bytes, "flops": least.flops,
                      "bound": roofline.bound(least)},
         "results": results, **compare(results),
@@ -201,6 +202,9 @@ def prepare(entry: Entry, cell: Cell, copies: Sequence[Weights], device: Device,
     entry.passes["eager"] = run
     if not peer.graph:
         entry.graph_reason = "waits for the host"
+        return
+    if training and cell.tokens > MOST_GRAPH_TOKENS:
+        entry.graph_reason = f"not captured beyond {MOST_GRAPH_TOKENS} tokens of training"
         return
     try:
         captured = device.capture(run)

@@ -103,6 +103,8 @@ def grouped_layer(x_TD, logits_TE, gate_up_E2FD, down_EDF, top_k: int) -> torch.
 
 @lru_cache
 def compiled_grouped_layer() -> Callable:
+    # every shape, top-k and mode may compile it once more; past dynamo's limit it would run uncompiled, and quietly
+    torch._dynamo.config.recompile_limit = 256
     return torch.compile(grouped_layer, dynamic=True)
 
 

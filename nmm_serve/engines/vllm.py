@@ -190,7 +190,10 @@ class VLLMEngine:
         torch.set_num_threads = self.set_num_threads
 
     def describe(self) -> dict[str, Any]:
+        from nmm_serve.vllm_plugin.model import chosen_experts
+
         settings = self.engine.vllm_config
+        has_experts = settings.model_config.hf_config.num_experts > 0
         return {
             "engine": self.name,
             "vllm": self.vllm.__version__,
@@ -204,6 +207,7 @@ class VLLMEngine:
             "enforce_eager": self.eager,
             "prefix_caching": settings.cache_config.enable_prefix_caching,
             "image_cache": settings.model_config.multimodal_config.mm_processor_cache_gb > 0,
+            "expert_kernels": chosen_experts(settings) if has_experts else None,
             "kv_cache_tokens": settings.cache_config.num_gpu_blocks * settings.cache_config.block_size,
         }
 

@@ -29,6 +29,14 @@ def test_cache_and_batch_change_nothing(tmp_path, family):
     assert_parity(alone, TorchEngine(path, batch_size=16, use_cache=False), parity_requests(8))
 
 
+def test_pixels_answer_like_patches(engine, checkpoint, monkeypatch):
+    """What the engine gives its model on a GPU."""
+    monkeypatch.setattr("nmm_serve.engines.torch.takes_raw_pixels", lambda device: True)
+    raw = TorchEngine(checkpoint)
+    assert raw.encode(parity_requests(1)[1]).pixel_values.dtype == torch.uint8
+    assert_parity(engine, raw, parity_requests(8))
+
+
 def test_same_tokens_as_transformers_generate(engine):
     for request in parity_requests(8)[:4]:
         prompt = engine.encode(request)

@@ -68,6 +68,7 @@ def test_our_experts_and_our_image_front_inside_vllm(checkpoint, monkeypatch):
     monkeypatch.setattr(vision, "image_front", counted(vision.image_front))
     reference = TorchEngine(checkpoint("late-moe"))
     with VLLMEngine(checkpoint("late-moe")) as engine:
+        assert engine.describe()["expert_kernels"] == "nmm-serve"
         calls.clear()
         assert_parity(reference, engine, parity_requests())
     assert set(calls) == {moe_mlp, image_front}

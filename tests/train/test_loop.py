@@ -201,6 +201,16 @@ def test_accumulation_weighs_every_token_the_same(recipe, tmp_path):
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
+def test_pixels_train_like_patches(recipe, whole, tmp_path, monkeypatch):
+    """What a GPU is given, through a data worker."""
+    monkeypatch.setattr("nmm_serve.train.loop.takes_raw_pixels", lambda device: True)
+    final = train(load_config(recipe, ["data.workers=1"]), tmp_path / "run")
+    assert [row[:2] for row in losses(tmp_path / "run")] == [row[:2] for row in losses(whole)]
+    for actual, expected in zip(losses(tmp_path / "run"), losses(whole), strict=True):
+        assert [x for x in actual[2:] if x] == pytest.approx([x for x in expected[2:] if x], rel=1e-4)
+    assert load_processor(final).image_processor.raw_pixels is False
+
+
 @pytest.mark.parametrize("family", ["late", "moe", "late-moe"])
 def test_other_families_learn(recipe, tmp_path, family):
     final = train(load_config(recipe, [f"model.family={family}", "steps=4", "accumulate=1"]), tmp_path)
