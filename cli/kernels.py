@@ -1,6 +1,6 @@
 """nmm-serve kernels: measure the mixture-of-experts kernels on this machine."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,14 @@ def kernels() -> None:
     "--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True,
     help="cpu: tiny layers and the eager paths, to see that the benchmark works.",
 )  # fmt: skip
+@click.option(
+    "--tune", "tuning", is_flag=True,
+    help="First spend half of the time on better tiles for this GPU, and keep them in the kernels' table.",
+)  # fmt: skip
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Write the record here.")
 @click.option("--json", "as_json", is_flag=True, help="Print the record instead of the table.")
 def bench(
-    regime: str, shapes: str, minutes: float, device: str, out: Path | None, as_json: bool
+    regime: str, shapes: str, minutes: float, device: str, tuning: bool, out: Path | None, as_json: bool
 ) -> None:  # fmt: skip
     """Time the experts layer against every peer on this machine, and against what its GPU could do.
 
@@ -48,7 +52,7 @@ def bench(
 
     from nmm_serve.errors import EngineError
     from nmm_serve.evals.records import check_place
-    from nmm_serve.kernels.bench.device import CpuDevice, CudaDevice
+    from nmm_serve.kernels.bench.device import CpuDevice, CudaDevice, Device
     from nmm_serve.kernels.bench.plan import REGIMES, SHAPES, TINY, TINY_REGIMES, cells
     from nmm_serve.kernels.bench.run import run
 
@@ -56,6 +60,8 @@ def bench(
         raise EngineError(
             "no GPU: the benchmark times CUDA kernels; --device cpu shows that the benchmark itself works"
         )
+    if tuning and device == "cpu":
+        raise click.UsageError("--tune searches tiles for a GPU; --device cpu has none")
     known, regimes = (SHAPES, REGIMES) if device == "cuda" else (TINY, TINY_REGIMES)
     names = [name.strip() for name in shapes.split(",")]
     if device == "cpu" and shapes == "A,B,C,D":
@@ -67,16 +73,23 @@ def bench(
         check_place(out)
     chosen = {name: tokens for name, tokens in regimes.items() if regime in (name, "all")}
     plan = cells([known[name] for name in names], chosen)
+    place: Device = CudaDevice() if device == "cuda" else CpuDevice()
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with progress_bars() as bars:
-        task = bars.add_task("", total=len(plan))
-        found = run(
-            plan,
-            CudaDevice() if device == "cuda" else CpuDevice(),
-            torch.bfloat16 if device == "cuda" else torch.float32,
-            minutes,
-            progress=lambda done, label: bars.update(task, completed=done, description=label),
-        )
-    record = describe(found)
+
+        def shown(total: int) -> Callable[[int, str], None]:
+            task = bars.add_task("", total=total)
+            return lambda done, label: bars.update(task, completed=done, description=label)
+
+        tuned = None
+        if tuning:
+            from nmm_serve.kernels.bench.tune import jobs, tune
+
+            minutes /= 2
+            todo = jobs([known[name] for name in names], list(chosen))
+            tuned = tune(todo, place, dtype, minutes, progress=shown(len(todo)))
+        found = run(plan, place, dtype, minutes, progress=shown(len(plan)))
+    record = describe(found | {"tuned": tuned})
     if out is not None:
         write(record, out)
     if as_json:
@@ -96,7 +109,7 @@ def choose(records: Sequence[Path]) -> None:
     import json
 
     from nmm_serve.errors import DataError
-    from nmm_serve.evals.datasets import read_json
+    from nmm_serve.evals.annotations import read_json
     from nmm_serve.evals.records import write_text
     from nmm_serve.vllm_plugin.moe_choice import OURS, TABLE, THEIRS, merged, read_table, rows_of
 
@@ -111,7 +124,7 @@ def choose(records: Sequence[Path]) -> None:
                 f"{path} has no cell that {OURS} and {THEIRS} were both timed in; install vLLM and repeat it"
             )
         new += rows
-    table = merged(read_table(), new)
+    table = merged(read_table(TABLE), new)
     write_text(TABLE, json.dumps({"rows": table}, indent=2) + "\n")
     rows = [
         [" ".join(str(value) for value in row["layer"].values()), str(row["cells"]), number(row["worst_ratio"]),

@@ -72,7 +72,8 @@ def image_front(
 def _(pixels_PK, grid_I2, weight_DK, row_embed_RD, col_embed_CD):
     from nmm_serve.kernels.image_front_triton import launch_forward  # Triton comes with CUDA builds of torch only
 
-    return launch_forward(pixels_PK, grid_I2, weight_DK, row_embed_RD, col_embed_CD)
+    with torch.cuda.device_of(pixels_PK):  # Triton launches on the current device, whatever the tensors'
+        return launch_forward(pixels_PK, grid_I2, weight_DK, row_embed_RD, col_embed_CD)
 
 
 @image_front.register_fake
@@ -91,7 +92,8 @@ def image_front_weight_grad(grad_PD: torch.Tensor, pixels_PK: torch.Tensor, grid
 def _(grad_PD, pixels_PK, grid_I2):
     from nmm_serve.kernels.image_front_triton import launch_weight_grad
 
-    return launch_weight_grad(grad_PD, pixels_PK, grid_I2)
+    with torch.cuda.device_of(grad_PD):
+        return launch_weight_grad(grad_PD, pixels_PK, grid_I2)
 
 
 @image_front_weight_grad.register_fake

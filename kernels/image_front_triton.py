@@ -53,7 +53,7 @@ def load_pixels(pixels, byte_M, line_M, k_L, PATCH: tl.constexpr):
     return tl.where(real_ML, 2.0 * b_ML - 255.0, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_patches", "num_images"])
 def forward_kernel(
     pixels, grid, weight, row_embed, col_embed, out, num_patches, num_images, width, num_rows, num_cols,
     PATCH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, L: tl.constexpr, G: tl.constexpr,
@@ -81,7 +81,7 @@ def forward_kernel(
     tl.store(out_MN, y_MN.to(out.dtype.element_ty), mask=stored_MN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_patches", "num_images"])
 def weight_grad_kernel(
     grad, pixels, grid, out, num_patches, num_images, width,
     PATCH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, L: tl.constexpr, G: tl.constexpr,

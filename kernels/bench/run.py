@@ -10,7 +10,7 @@ import torch
 from nmm_serve.kernels.bench import check, roofline
 from nmm_serve.kernels.bench.device import Device
 from nmm_serve.kernels.bench.measure import CACHE_MULTIPLE, LEAST_ROUNDS, MOST_ROUNDS, make_copies, measure_cell
-from nmm_serve.kernels.bench.peers import PEERS, Peer
+from nmm_serve.kernels.bench.peers import PEERS, Peer, Weights
 from nmm_serve.kernels.bench.plan import Cell
 
 SHARE_TIMED = 0.5
@@ -52,7 +52,8 @@ def run(
     ceiling = roofline.measure(device, dtype)
     measured: list[dict[str, Any]] = []
     skipped: list[str] = []
-    copies, made_for, last = [], None, 0.0
+    copies: list[Weights] = []
+    made_for, last = None, 0.0
     for index, cell in enumerate(cells):
         start = now()
         left = deadline - start

@@ -7,6 +7,7 @@ from click.testing import CliRunner
 from nmm_serve.cli import kernels as command
 from nmm_serve.cli.serve import main
 from nmm_serve.kernels.bench import plan, roofline
+from nmm_serve.vllm_plugin import moe_choice
 
 
 def main_exit(capsys, *args):
@@ -30,6 +31,7 @@ def test_usage_errors_exit_2(capsys, tmp_path):
     assert "'Q' is none of A, B" in said.err
     assert main_exit(capsys, "--regime", "sleep")[0] == 2
     assert main_exit(capsys, "--minutes", "0")[0] == 2
+    assert main_exit(capsys, "--tune", "--device", "cpu")[0] == 2
     code, said = main_exit(capsys, "--device", "cpu", "-o", tmp_path)
     assert code == 1
     assert "is a folder" in said.err
@@ -104,3 +106,46 @@ def test_table_of_a_gpu_record_shows_misses(capsys):
     for part in ("a GPU, bfloat16: 4 TB/s and 700 TFLOP/s measured", "20 [19, 25]", "25.0%", "Liger", "10", "0.5",
                  "SonicMoE wrong: relative error", "loop: absent", "Not measured, 1: D train T=65536"):  # fmt: skip
         assert part in shown
+
+
+def choose(monkeypatch, tmp_path, *documents):
+    """Run `kernels choose` on a table of its own."""
+    table = tmp_path / "table.json"
+    table.write_text('{"rows": []}')
+    monkeypatch.setattr(moe_choice, "TABLE", table)
+    paths = []
+    for index, document in enumerate(documents):
+        paths.append(str(tmp_path / f"{index}.json"))
+        (tmp_path / f"{index}.json").write_text(json.dumps(document))
+    return CliRunner().invoke(main, ["kernels", "choose", *paths]), json.loads(table.read_text())["rows"]
+
+
+def test_choose_writes_the_table_that_vllm_reads(monkeypatch, tmp_path):
+    """Figures made up for the test."""
+    cell = {
+        "regime": "decode", "hidden": 512, "intermediate": 1024, "experts": 8, "top_k": 2,
+        "results": [{"peer": moe_choice.OURS, "graph": {"median_s": 1e-5}},
+                    {"peer": moe_choice.THEIRS, "graph": {"median_s": 3e-5}}],
+    }  # fmt: skip
+    document = {"format": command.FORMAT, "device": {"name": "GPU X"}, "dtype": "bfloat16", "created": "2026-01-01",
+                "cells": [cell]}  # fmt: skip
+    result, rows = choose(monkeypatch, tmp_path, document)
+    assert result.exit_code == 0, result.output
+    assert "GPU X bfloat16 512 1024 8 2" in result.stdout
+    layer = moe_choice.ExpertsLayer("GPU X", "bfloat16", 512, 1024, 8, 2)
+    assert rows[0]["faster"] is True
+    assert moe_choice.choose(layer, table=tmp_path / "table.json") == "nmm-serve"
+
+
+@pytest.mark.parametrize(
+    ("document", "told"),
+    [
+        ({"format": "other"}, "is no record of `nmm-serve kernels bench -o`"),
+        ({"format": command.FORMAT, "cells": []}, "has no cell that nmm-serve and vLLM fused_moe were both timed in"),
+    ],
+)
+def test_choose_refuses_what_says_nothing(monkeypatch, tmp_path, document, told):
+    result, rows = choose(monkeypatch, tmp_path, document)
+    assert result.exit_code == 1
+    assert told in result.stderr
+    assert rows == []

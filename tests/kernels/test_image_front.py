@@ -1,5 +1,4 @@
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -96,40 +95,57 @@ def test_kernels_match_fp64_in_the_interpreter():
     assert run.stdout == "ok\n", run.stderr[-3000:]
 
 
-@pytest.mark.parametrize("tile", ["SMALL", "LARGE", "SMALL float32", "weight gradient"])
-def test_kernels_compile_for_hopper(tile, tmp_path):
-    """Ahead of time, without a GPU: no register is spilled, and the tensor cores are used (float32 has none)."""
-    triton = pytest.importorskip("triton", reason="Triton is not installed")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def launches(p=14, width=800, patches=(256, 4096), dtype=torch.bfloat16):
+    """What forward and gradient would launch for so many patches."""
+    triton_aot = pytest.importorskip("triton_aot", reason="Triton is not installed")
     from nmm_serve.kernels import image_front_triton
 
-    number = "*fp32" if "float32" in tile else "*bf16"
-    options = dict(getattr(image_front_triton, tile.split()[0], image_front_triton.SMALL))
-    launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
-    kernel = image_front_triton.forward_kernel
-    if tile == "weight gradient":
-        kernel = image_front_triton.weight_grad_kernel
-    constants = {"PATCH": 14, "G": image_front_triton.IMAGES_PER_LOOK, **options}
-    pointers = {"pixels": "*u8", "grid": "*i64"} | dict.fromkeys(
-        ("weight", "row_embed", "col_embed", "out", "grad"), number
-    )
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in {*pointers, "width"}}
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", 90, 32), options=launch
-    )
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    def meta(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
 
-    def dump(what):
-        return subprocess.run([cuobjdump, what, cubin], capture_output=True, text=True, check=True).stdout
+    with triton_aot.recorded(image_front_triton) as recorded:
+        for number in patches:
+            pixels, grid = meta(number, 3 * p * p, dtype=torch.uint8), meta(number // 200 + 1, 2, dtype=torch.int64)
+            tables = meta(64, width), meta(64, width)
+            image_front_triton.launch_forward(pixels, grid, meta(width, 3 * p * p), *tables)
+            image_front_triton.launch_weight_grad(meta(number, width), pixels, grid)
+    return recorded
 
-    assert re.search(r"STACK:(\d+)", dump("--dump-resource-usage")).group(1) == "0"
-    instructions = dump("--dump-sass")
-    assert not re.search(r"\b(STL|LDL)\b", instructions)
-    assert bool(re.search(r"\bHGMMA\b", instructions)) == (number == "*bf16")
-    assert compiled.metadata.shared <= 232448
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_kernels_compile_for_hopper(dtype, tmp_path):
+    """Ahead of time, without a GPU: no register is spilled, and the tensor cores are used (float32 has none)."""
+    triton_aot = pytest.importorskip("triton_aot", reason="Triton is not installed")
+    if not (triton_aot.TOOLS / "cuobjdump").exists():
+        pytest.skip("this Triton comes without NVIDIA's assembler")
+    for launch in launches(dtype=dtype):
+        compiled = triton_aot.compile_ahead(launch, tmp_path)
+        assert compiled.stack_bytes == compiled.count("STL") == compiled.count("LDL") == 0
+        assert compiled.shared_bytes <= triton_aot.HOPPER_SHARED_BYTES
+        assert (compiled.count("HGMMA") > 0) == (dtype == torch.bfloat16)
+
+
+def test_the_number_of_images_and_patches_never_means_a_new_compilation():
+    small, large = (launches(patches=numbers) for numbers in ((1, 17, 256, 512), (513, 1000, 4096, 65536)))
+    for same in (small, large):
+        assert all(launch == same[k % 2] for k, launch in enumerate(same))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_kernels_match_fp64_on_a_gpu(dtype):
+    bound = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    generator = torch.Generator().manual_seed(0)
+    _, raw = both([noise(generator, 20, 30) for _ in range(20)] + [noise(generator, 9, 100)])
+    pixels, grid = raw["pixel_values"], raw["image_grid"]
+    front_parameters = [parameter.detach().to(dtype) for parameter in front().parameters()]
+    leaves = [parameter.cuda().requires_grad_() for parameter in front_parameters]
+    exact_leaves = [parameter.double().requires_grad_() for parameter in front_parameters]
+    y, exact = image_front(pixels.cuda(), grid.cuda(), *leaves), image_front(pixels, grid, *exact_leaves)
+    dy = torch.randn(exact.shape, generator=generator).to(dtype)
+    grads, exact_grads = (
+        torch.autograd.grad(y, leaves, dy.cuda()),
+        torch.autograd.grad(exact, exact_leaves, dy.double()),
+    )
+    for actual, expected in zip((y, *grads), (exact, *exact_grads), strict=True):
+        assert (actual.cpu().double() - expected).abs().max() <= bound * expected.abs().max()
