@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nmm_serve.coco_images import digits_of, names_by_digits
 from nmm_serve.errors import DataError
 from nmm_serve.evals.annotations import (
     AnsweredQuestion,
@@ -143,11 +144,7 @@ class ImageIndex:
             raise DataError(f"--images {files.images} is not a folder")
         self._folder = files.images
         self._in_folder = {path.name for path in files.images.iterdir()}
-        self._by_digits: dict[str, str] = {}
-        for name in sorted(self._in_folder):
-            digits = Path(name).stem.rpartition("_")[2]
-            if len(digits) == 12 and digits.isdigit():
-                self._by_digits.setdefault(digits, name)
+        self._by_digits = names_by_digits(files.images)
         self._named: dict[Id, str] = {}
         self._listed_in = files.captions
         if files.captions is not None:
@@ -162,7 +159,7 @@ class ImageIndex:
             if name not in self._in_folder:
                 raise DataError(f"image {image_id!r} is missing: {self._listed_in} names {self._folder / name}")
             return self._folder / name
-        digits = f"{image_id:012d}" if isinstance(image_id, int) else str(image_id)
+        digits = digits_of(image_id)
         found = self._by_digits.get(digits)
         if found is None:
             raise DataError(

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
+from nmm_serve.coco_images import digits_of, names_by_digits
 from nmm_serve.errors import ConfigError, DataError
 from nmm_serve.train.data.documents import Document, caption_document, vqa_document
 from nmm_serve.train.data.sources import Source, Visit
@@ -156,22 +157,15 @@ def _image_names(folder: Path, image_ids: dict[Any, Any], captions: Path | None)
     """
     if captions is not None:
         listed = {r["id"]: r["file_name"] for r in _records(captions, "images", ("id", "file_name"))}
+        names = {image_id: listed.get(image_id) for image_id in image_ids}
     else:
-        listed = {}
-        for path in sorted(folder.iterdir()):
-            digits = path.stem.rpartition("_")[2]
-            if len(digits) == 12 and digits.isdigit():
-                listed.setdefault(int(digits), path.name)
-    names = {image_id: listed.get(image_id) for image_id in image_ids}
+        found = names_by_digits(folder)
+        names = {image_id: found.get(digits_of(image_id)) for image_id in image_ids}
     absent = [image_id for image_id, file_name in names.items() if file_name is None]
     if 2 * len(absent) > len(names):
-        where = f"listed in {captions}" if captions else f"found in {folder} as *{_padded(absent[0])}.jpg or .png"
+        where = f"listed in {captions}" if captions else f"found in {folder} as *{digits_of(absent[0])}.jpg or .png"
         raise DataError(f"{len(absent)} of {len(names)} images of the questions are not {where} (first: {absent[0]!r})")
-    return {image_id: file_name or f"{_padded(image_id)}.jpg" for image_id, file_name in names.items()}
-
-
-def _padded(image_id: Any) -> str:
-    return f"{image_id:012d}" if isinstance(image_id, int) else str(image_id)
+    return {image_id: file_name or f"{digits_of(image_id)}.jpg" for image_id, file_name in names.items()}
 
 
 def _file(name: str, option: str, path: Path | None, data: Path | None, in_folder: str) -> Path:
