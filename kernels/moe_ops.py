@@ -173,7 +173,8 @@ def _expert_mlp_backward(
     """Gradients of x, weight, gate_up and down. The activation is computed again from the pre-activation."""
     T, K = weight_TK.shape
     if T == 0:
-        return tuple(torch.zeros_like(t) for t in (x_TD, weight_TK, gate_up_E2FD, down_EDF))
+        zeros = torch.zeros_like
+        return zeros(x_TD), zeros(weight_TK), zeros(gate_up_E2FD), zeros(down_EDF)
     dy_TD = dy_TD.contiguous()
     dpre_N2F, weighted_act_NF, dweight_TK = down_backward(dy_TD, down_EDF, pre_N2F, order_N, offset_E1, weight_TK)
     ddown_EDF = down_weight_grad(dy_TD, weighted_act_NF, order_N, offset_E1, K)
