@@ -1,6 +1,6 @@
 """Do the intervals of a fit hold the law that runs were drawn from? `python -P -m nmm_serve.evals.scaling.coverage`.
 
-On grids that hold the law well and badly: an interval that is only right where data are plenty misleads where it counts.
+Grids that hold the law well, and badly: an interval that is right only where data are plenty misleads where it counts.
 """
 
 import argparse
