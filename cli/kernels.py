@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from nmm_serve.cli.errors import Command
-from nmm_serve.cli.render import note, print_json, print_table, progress_bars
+from nmm_serve.cli.render import note, print_json, print_table, progress_bars, quiet_stdout
 
 
 class KernelsGroup(click.Group):
@@ -88,7 +88,8 @@ def bench(
             minutes /= 2
             todo = jobs([known[name] for name in names], list(chosen))
             tuned = tune(todo, place, dtype, minutes, progress=shown(len(todo)))
-        found = run(plan, place, dtype, minutes, progress=shown(len(plan)))
+        with quiet_stdout():  # some peers talk
+            found = run(plan, place, dtype, minutes, progress=shown(len(plan)))
     record = describe(found | {"tuned": tuned})
     if out is not None:
         write(record, out)

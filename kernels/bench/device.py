@@ -52,6 +52,7 @@ class CudaDevice:
         self.name = properties.name
         self.cache_bytes = properties.L2_cache_size
         self.held_bytes = 0
+        self.uuid = properties.uuid
 
     def elapsed(self, function: Pass) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -81,7 +82,7 @@ class CudaDevice:
     def clock_mhz(self) -> int | None:
         if shutil.which("nvidia-smi") is None:
             return None
-        command = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits", "--id=0"]
+        command = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits", f"--id=GPU-{self.uuid}"]
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
         line = answer.stdout.strip()
         return int(line) if answer.returncode == 0 and line.isdigit() else None

@@ -48,6 +48,10 @@ def make_copies(shape: Shape, device: Device, dtype: torch.dtype, requires_grad:
     return [first, *others]
 
 
+class DeviceLost(RuntimeError):
+    """A kernel failed in a way that the device does not recover from."""
+
+
 @dataclass
 class Entry:
     """One peer in one cell."""
@@ -116,6 +120,8 @@ def measure_cell(
     for entry in entries:
         try:
             prepare(entry, cell, copies, device, expected)
+        except torch.AcceleratorError as error:  # nothing runs on the device in this process any more
+            raise DeviceLost(f"{entry.peer.name} took the device down: {first_line(error)}") from error
         except Exception as error:  # other people's code: anything may be raised, and the others go on
             entry.reason = first_line(error)
             entry.passes.clear()

@@ -9,7 +9,14 @@ import torch
 
 from nmm_serve.kernels.bench import check, roofline
 from nmm_serve.kernels.bench.device import Device
-from nmm_serve.kernels.bench.measure import CACHE_MULTIPLE, LEAST_ROUNDS, MOST_ROUNDS, make_copies, measure_cell
+from nmm_serve.kernels.bench.measure import (
+    CACHE_MULTIPLE,
+    LEAST_ROUNDS,
+    MOST_ROUNDS,
+    DeviceLost,
+    make_copies,
+    measure_cell,
+)
 from nmm_serve.kernels.bench.peers import PEERS, Peer, Weights
 from nmm_serve.kernels.bench.plan import Cell
 
@@ -59,7 +66,7 @@ def run(
         left = deadline - start
         progress(index, cell.label)
         if left <= last:
-            skipped += [cell.label for cell in cells[index:]]
+            skipped += [later.label for later in cells[index:]]
             break
         training = cell.regime == "train"
         if made_for != (cell.shape, training):
@@ -71,6 +78,9 @@ def run(
             measured.append(measure_cell(cell, peers, copies, device, ceiling, budget, now))
         except torch.OutOfMemoryError:
             skipped.append(f"{cell.label}: the device has too little memory")
+        except (DeviceLost, torch.AcceleratorError) as error:
+            skipped += [f"{cell.label}: {error}", *(later.label for later in cells[index + 1 :])]
+            break  # what was measured until now is worth a record
         device.free()
         last = now() - start
     progress(len(cells), "")

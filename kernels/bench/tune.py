@@ -160,6 +160,8 @@ def timer(
         entry = Entry(ours)
         try:
             prepare(entry, cell, copies, device, expected)
+        except torch.AcceleratorError:  # the device is gone; what was found before is in the table
+            raise
         except Exception:  # does not compile, or does not fit: Triton has many words for it
             return None
         run = entry.passes.get("graph", entry.passes.get("eager"))

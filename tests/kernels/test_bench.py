@@ -308,6 +308,24 @@ def test_the_whole_run_keeps_its_time_and_says_what_it_left_out(monkeypatch):
     assert empty["geometric_mean"] == {"all": None}
 
 
+def test_a_lost_device_ends_the_run_but_keeps_what_was_measured(monkeypatch):
+    monkeypatch.setattr(roofline, "measure", lambda device, dtype: Roofline(1e9, 1e12))
+    device = FakeDevice({})
+    plan = [a_cell(tokens=t) for t in (4, 5, 6)]
+
+    def prepare(weights, top_k):
+        if device.order:  # the first cell is done
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        return device.peer(OURS).prepare(weights, top_k)
+
+    found = run(plan, device, torch.float32, 60, [Peer(OURS, prepare)], now=device.now)
+    assert len(found["cells"]) == 1
+    first, second = found["not_measured"]
+    assert first.startswith(plan[1].label)
+    assert f"{OURS} took the device down: AcceleratorError: CUDA error: an illegal memory access" in first
+    assert second == plan[2].label
+
+
 def test_roofline_of_this_cpu_is_finite():
     ceiling = roofline.measure(CpuDevice(), torch.float32, repeats=1)
     assert 0 < ceiling.bandwidth < math.inf
