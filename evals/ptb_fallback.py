@@ -2,7 +2,7 @@
 
 The rules were found by comparing with the Java tokenizer's output on millions of strings. `covers` tells the range on
 which the two are equal (a test that needs Java proves it on a large random sample); outside it (addresses, emoticons,
-fractions, tags, symbols) the general rules apply and the tokens may differ.
+fractions, tags, symbols) the general rules apply and the tokens nearly always agree, but may differ.
 """
 
 import re
@@ -10,6 +10,9 @@ from functools import lru_cache
 
 _LETTER = "A-Za-zÀ-ÖØ-öø-ÿ"
 _QUOTES = str.maketrans({"“": '"', "”": '"', "‘": "`", "’": "'"})
+
+# PTBTokenizer deletes what it cannot tokenise: control and invisible characters, and all beyond 16 bits, such as emoji.
+_DELETED = r"\x00-\x1f\x7f-\x9f\xad\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\U00010000-\U0010ffff"
 
 _END = rf"(?![{_LETTER}0-9])"
 
@@ -29,12 +32,18 @@ _RULES = tuple(
         rf"([{_LETTER}0-9]+(?:-[{_LETTER}0-9]+)+)",
         r"([-+]?[.:,]?[0-9]+(?:[.:,/-][0-9]+)*)",
         rf"([0-9]+[{_LETTER}]+[{_LETTER}0-9]*)",
+        r"([^\W\d_]+)",
+        r"(@[a-z_][a-z0-9_]*)",
+        r"([a-z0-9][a-z0-9._+-]*@[a-z0-9-]+(?:\.[a-z0-9-]+)+)",
+        r"(https?://[^\s<>\"]*[^\s<>\",.!?;:()])",
+        r"(</?[a-z][a-z0-9]*/?>)",
         r"(\.{2,}|-{2,}|[!?]{2,})",
         r"([:;=]-?[()])",
-        r"([^\U00010000-\U0010ffff])",
+        rf"([^{_DELETED}])",
     )
 )
 _REMOVED = frozenset({"'", "`", ".", "?", "!", ",", ":", "-", ";", '"', "–", "—", "…"})
+_AS_WRITTEN = str.maketrans({"€": "$", "£": "#", "¢": "cents", "½": "1/2", "¼": "1/4", "¾": "3/4"})
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 
 # Words that keep their period.
@@ -93,7 +102,7 @@ def _tokens(word: str, is_before_digit: bool) -> tuple[str, ...]:
     while place < len(word):
         matches = [m for rule in _RULES if (m := rule.match(word, place))]
         if not matches:
-            place += 1  # PTBTokenizer deletes what it cannot tokenise, such as emoji
+            place += 1
             continue
         longest = max(matches, key=lambda m: m.end())
         token = longest[longest.lastindex or 0]
@@ -102,7 +111,7 @@ def _tokens(word: str, is_before_digit: bool) -> tuple[str, ...]:
             token += "."
             place += 1
         if token not in _REMOVED and not re.fullmatch(r"\.+|-+", token):
-            tokens.append("".join(_BRACKETS.get(c, c) for c in token).lower())
+            tokens.append("".join(_BRACKETS.get(c, c) for c in token.translate(_AS_WRITTEN)).lower())
     return tuple(tokens)
 
 
