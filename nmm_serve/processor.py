@@ -1,7 +1,7 @@
 """Messages and images to token ids and patches: the one implementation, for training and for every engine."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ class Encoded:
     input_ids: list[int]
     pixel_values: torch.Tensor | None = None
     image_grid: torch.Tensor | None = None
+    image_s: float = field(default=0.0, compare=False)
+    """As in `Prompt`."""
 
 
 class NMMProcessor(PromptEncoder, ProcessorMixin):
@@ -57,7 +59,7 @@ class NMMProcessor(PromptEncoder, ProcessorMixin):
         if not prompt.pixels:
             return Encoded(prompt.input_ids)
         patches, grids = zip(*map(self.image_processor.cut, prompt.pixels), strict=True)
-        return Encoded(prompt.input_ids, torch.cat(patches), torch.tensor(grids))
+        return Encoded(prompt.input_ids, torch.cat(patches), torch.tensor(grids), prompt.image_s)
 
     def encode_parts(self, parts: Iterable[Part], images: Sequence[Image.Image] = ()) -> tuple[Encoded, list[int]]:
         """`prompt_of_parts` as tensors."""

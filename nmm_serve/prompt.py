@@ -1,7 +1,8 @@
 """Messages and images to token ids and pixels, without torch: the one definition for training and for every engine."""
 
+import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,19 @@ class Prompt:
 
     input_ids: list[int]
     pixels: tuple[np.ndarray, ...] = ()
+    image_s: float = field(default=0.0, compare=False)
+    """Seconds that decoding and scaling the images took."""
+
+
+class _Images:
+    """The images of one prompt, made ready as their places come up."""
+
+    def __init__(self) -> None:
+        self.pixels: list[np.ndarray] = []
+        self.seconds = 0.0
+
+    def prompt(self, input_ids: list[int]) -> Prompt:
+        return Prompt(input_ids, tuple(self.pixels), self.seconds)
 
 
 class PromptEncoder:
@@ -54,12 +68,12 @@ class PromptEncoder:
         Raises PromptError when slots and images differ in number.
         """
         ids: list[int] = []
-        pixels: list[np.ndarray] = []
+        done = _Images()
         ends, used = [], 0
         for part in parts:
             if isinstance(part, ImageSlot):
                 if used < len(images):
-                    ids += self._add_image(images[used], pixels)
+                    ids += self._add_image(images[used], done)
                 used += 1
             elif isinstance(part, Special):
                 ids.append(self.token_id(str(part)))
@@ -70,7 +84,7 @@ class PromptEncoder:
             raise PromptError(
                 f"the prompt has {used} image places but {len(images)} images were given; give one image for each"
             )
-        return Prompt(ids, tuple(pixels)), ends
+        return done.prompt(ids), ends
 
     def prompt_of_chat(self, messages: Iterable[dict[str, Any]], images: Sequence[Image.Image] = ()) -> Prompt:
         """A chat up to the assistant's turn."""
@@ -110,14 +124,16 @@ class PromptEncoder:
                 f"the prompt has {marks} {IMAGE} marks but {len(images)} images were given; give one for each"
             )
         ids: list[int] = []
-        pixels: list[np.ndarray] = []
+        done = _Images()
         for token in marked:
-            ids += [token] if token != placeholder else self._add_image(images[len(pixels)], pixels)
-        return Prompt(ids, tuple(pixels))
+            ids += [token] if token != placeholder else self._add_image(images[len(done.pixels)], done)
+        return done.prompt(ids)
 
-    def _add_image(self, image: Image.Image, pixels: list[np.ndarray]) -> list[int]:
+    def _add_image(self, image: Image.Image, done: _Images) -> list[int]:
+        start = time.perf_counter()
         pixels_HWC = fit_to_patches(image, self.patch_size, self.image_size)
-        pixels.append(pixels_HWC)
+        done.seconds += time.perf_counter() - start
+        done.pixels.append(pixels_HWC)
         return self.image_ids(pixels_HWC.shape[0] * pixels_HWC.shape[1] // self.patch_size**2)
 
 

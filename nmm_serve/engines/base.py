@@ -50,14 +50,25 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Seconds, each from the moment the request was handed over. None: this engine cannot see it.
+    """Seconds. None: this engine cannot see it.
 
-    `token_s` holds the arrival of each new token (or streamed chunk); `ttft_s` is its first entry.
+    `ttft_s`, `e2e_s` and `token_s` count from the moment the request was handed over; the others are durations of parts
+    of the time to first token. `token_s` holds the arrival of each new token (or streamed chunk); `ttft_s` is its first
+    entry. What requests of one batch do together takes each of them its whole time.
     """
 
     ttft_s: float | None = None
     e2e_s: float | None = None
     preprocess_s: float | None = None
+    """Everything before the model: `image_s` and `host_s`, of the whole batch where it is one."""
+    image_s: float | None = None
+    """Decoding the image files and scaling the pixels."""
+    host_s: float | None = None
+    """The rest of the host's work: template, tokenizer, patches, batch."""
+    encoder_s: float | None = None
+    """Pixels to decoder inputs: the patch projection (early), or ViT and connector (late)."""
+    prefill_s: float | None = None
+    """The decoder over the prompt, output layer and choice of the first token included."""
     token_s: tuple[float, ...] = ()
 
 

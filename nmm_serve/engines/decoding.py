@@ -95,7 +95,8 @@ class Decoding:
             self.text = text[: min(ends)]
         return bool(ends)
 
-    def output(self, num_prompt_tokens: int, preprocess_s: float) -> Output:
+    def output(self, num_prompt_tokens: int, preprocess_s: float, **parts: float) -> Output:
+        """`parts`: the other durations of `Timing` that the engine saw."""
         return Output(
             text=self.decode(self.tokens) if self.text is None else self.text,
             token_ids=tuple(self.tokens),
@@ -108,5 +109,6 @@ class Decoding:
                 e2e_s=self.token_s[-1],
                 preprocess_s=preprocess_s,
                 token_s=tuple(self.token_s),
+                **parts,
             ),
         )

@@ -82,8 +82,9 @@ class OnnxEngine:
         waiting = iter(range(len(requests)))
         running: list[Running] = []
         while True:
+            begin = time.perf_counter()  # one clock for all that there is room for now: prefills wait for each other
             while len(running) < self.batch_size and (index := next(waiting, None)) is not None:
-                task = Running(index, requests[index])
+                task = Running(index, requests[index], begin)
                 try:
                     prompt = self.encode(task.request)
                 except (PromptError, ImageError) as error:
@@ -106,7 +107,7 @@ class OnnxEngine:
         for slot in reversed(range(len(running))):
             task = running[slot]
             if task.decoding.finish_reason:
-                outputs[task.index] = task.decoding.output(task.num_prompt_tokens, task.preprocess_s)
+                outputs[task.index] = task.output()
                 last = running.pop()
                 if last is not task:
                     self.runtime.move(len(running), slot)
@@ -143,16 +144,33 @@ class OnnxEngine:
 
 
 class Running:
-    """A request that has a slot. Its clock starts when there is room for it."""
+    """A request that has a slot. Its clock, `begin`, starts when there is room for it."""
 
-    def __init__(self, index: int, request: Request):
-        self.begin = time.perf_counter()
+    def __init__(self, index: int, request: Request, begin: float):
+        self.begin = begin
+        self.encode_begin = time.perf_counter()
         self.index = index
         self.request = request
 
     def start(self, engine: OnnxEngine, slot: int, prompt: Prompt) -> None:
-        self.preprocess_s = time.perf_counter() - self.begin
+        self.preprocess_s = time.perf_counter() - self.encode_begin
+        self.image_s = prompt.image_s
         self.num_prompt_tokens = len(prompt.input_ids)
         self.decoding = Decoding(self.request.sampling, engine.encoder.decode, engine.manifest.eos_token_ids)
-        logits_1V = engine.prefill(slot, prompt, [self.num_prompt_tokens - 1])
+        encoder_begin = time.perf_counter()
+        image_PD = engine.runtime.image_tokens(prompt.pixels)
+        prefill_begin = time.perf_counter()
+        engine.runtime.clear(slot)
+        logits_1V = engine.runtime.prefill(slot, prompt.input_ids, image_PD, [self.num_prompt_tokens - 1])
         self.decoding.step(logits_1V[0], self.begin)
+        self.encoder_s, self.prefill_s = prefill_begin - encoder_begin, time.perf_counter() - prefill_begin
+
+    def output(self) -> Output:
+        return self.decoding.output(
+            self.num_prompt_tokens,
+            self.preprocess_s,
+            image_s=self.image_s,
+            host_s=self.preprocess_s - self.image_s,
+            encoder_s=self.encoder_s,
+            prefill_s=self.prefill_s,
+        )

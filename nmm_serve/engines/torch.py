@@ -4,7 +4,7 @@ Legend: B batch, T tokens, V vocabulary.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,26 @@ from nmm_serve.engines.decoding import Decoding, check_room
 from nmm_serve.errors import ConfigError, ImageError, PromptError, unknown_name
 from nmm_serve.image_processor import takes_raw_pixels
 from nmm_serve.processor import Encoded
+
+
+class Timed:
+    """A function whose calls are timed, to the end of what they started on a GPU. `seconds` of the last call."""
+
+    def __init__(self, function: Callable[..., torch.Tensor], device: str):
+        self.function = function
+        self.on_gpu = torch.device(device).type == "cuda"
+        self.seconds = 0.0
+
+    def __call__(self, *args: torch.Tensor) -> torch.Tensor:
+        start = self.now()
+        result = self.function(*args)
+        self.seconds = self.now() - start
+        return result
+
+    def now(self) -> float:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -29,12 +49,21 @@ class TorchEngine:
         device: `auto` takes a GPU when there is one.
         batch_size: requests that are decoded together.
         use_cache: False recomputes the whole sequence for each token, to check the cache against.
+        compile_encoder: compile the ViT of a late-fusion model, on a GPU into CUDA graphs; each number of patches
+            compiles at its first use. Models without an encoder have nothing to compile.
     """
 
     name = "torch"
 
     def __init__(
-        self, model: str, *, dtype: str = "auto", device: str = "auto", batch_size: int = 16, use_cache: bool = True
+        self,
+        model: str,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        batch_size: int = 16,
+        use_cache: bool = True,
+        compile_encoder: bool = False,
     ):
         if dtype != "auto" and dtype not in DTYPES:
             raise ConfigError(unknown_name("dtype", dtype, ["auto", *DTYPES]))
@@ -48,6 +77,12 @@ class TorchEngine:
         self.processor.image_processor.raw_pixels = takes_raw_pixels(self.device)
         self.network = load_model(model, DTYPES.get(dtype), self.device)
         self.context_length = self.network.config.max_position_embeddings
+        self.compile_encoder = compile_encoder and self.network.config.encoder is not None
+        if self.compile_encoder:
+            on_gpu = torch.device(self.device).type == "cuda"
+            self.network.model.vision.compile(mode="reduce-overhead" if on_gpu else "default", dynamic=False)
+        self.front = Timed(self.network.model.image_tokens, self.device)
+        self.network.model.image_tokens = self.front
 
     def __enter__(self):
         return self
@@ -56,7 +91,7 @@ class TorchEngine:
         self.close()
 
     def close(self) -> None:
-        del self.network
+        del self.network, self.front
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -67,6 +102,7 @@ class TorchEngine:
             "threads": torch.get_num_threads(),
             "batch_size": self.batch_size,
             "use_cache": self.use_cache,
+            "compile_encoder": self.compile_encoder,
         }
 
     def encode(self, request: Request) -> Encoded:
@@ -84,15 +120,16 @@ class TorchEngine:
         outputs: list[Output | None] = [None] * len(requests)
         for start in range(0, len(requests), self.batch_size):
             begin = time.perf_counter()
-            prompts: list[tuple[int, Encoded]] = []
+            prompts: list[tuple[int, Encoded, float]] = []
             for i in range(start, min(start + self.batch_size, len(requests))):
+                start_s = time.perf_counter()
                 try:
-                    prompts.append((i, self.encode(requests[i])))
+                    prompts.append((i, self.encode(requests[i]), time.perf_counter() - start_s))
                 except (PromptError, ImageError) as error:
                     outputs[i] = Output(text="", finish_reason="error", error=str(error))
             if prompts:
-                indices = [i for i, _ in prompts]
-                batch = self.generate_batch([p for _, p in prompts], [requests[i].sampling for i in indices], begin)
+                indices, encoded, encode_s = (list(column) for column in zip(*prompts, strict=True))
+                batch = self.generate_batch(encoded, [requests[i].sampling for i in indices], begin, encode_s)
                 for i, output in zip(indices, batch, strict=True):
                     outputs[i] = output
             if progress:
@@ -100,22 +137,38 @@ class TorchEngine:
         return outputs  # type: ignore[return-value]
 
     def generate_batch(
-        self, prompts: list[Encoded], params: list[SamplingParams], begin: float | None = None
+        self,
+        prompts: list[Encoded],
+        params: list[SamplingParams],
+        begin: float | None = None,
+        encode_s: list[float] | None = None,
     ) -> list[Output]:
-        """Decode prompts together until each has ended."""
-        begin = time.perf_counter() if begin is None else begin
+        """Decode prompts together until each has ended.
+
+        Args:
+            begin: when the requests were handed over; default: now.
+            encode_s: how long `encode` took for each of them.
+        """
+        collate_begin = time.perf_counter()
+        begin = collate_begin if begin is None else begin
         batch = {k: v.to(self.device) for k, v in self.processor.collate(prompts).items()}
-        preprocess_s = time.perf_counter() - begin
+        model_begin = self.front.now()
+        preprocess_s, collate_s = model_begin - begin, model_begin - collate_begin
+        self.front.seconds = 0.0
         cache = DynamicCache(config=self.network.config) if self.use_cache else None
         eos = self.network.config.eos_token_id
         states = [Decoding(p, self.processor.decode, eos) for p in params]
         attention_mask_BT = batch["attention_mask"]
         inputs = batch
+        encoder_s, prefill_s = 0.0, None
         while True:
             logits_BV = (
                 self.network(**inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1].float().cpu().numpy()
             )
             tokens = [state.step(logits_V, begin) for state, logits_V in zip(states, logits_BV, strict=True)]
+            if prefill_s is None:
+                encoder_s = self.front.seconds
+                prefill_s = time.perf_counter() - model_begin - encoder_s
             if all(state.finish_reason for state in states):
                 break
             token_B1 = torch.tensor(tokens, device=self.device)[:, None]
@@ -128,7 +181,15 @@ class TorchEngine:
                     "attention_mask": attention_mask_BT,
                 }
         return [
-            state.output(len(prompt.input_ids), preprocess_s) for state, prompt in zip(states, prompts, strict=True)
+            state.output(
+                len(prompt.input_ids),
+                preprocess_s,
+                image_s=prompt.image_s,
+                host_s=seconds - prompt.image_s + collate_s,
+                encoder_s=encoder_s,
+                prefill_s=prefill_s,
+            )
+            for state, prompt, seconds in zip(states, prompts, encode_s or [p.image_s for p in prompts], strict=True)
         ]
 
     @torch.inference_mode()

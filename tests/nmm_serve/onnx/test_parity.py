@@ -58,6 +58,9 @@ def test_outputs_and_times(engine):
         assert output.num_tokens == len(output.token_ids) == len(output.timing.token_s) == 5
         assert output.finish_reason == "length"
         assert 0 < output.timing.preprocess_s < output.timing.ttft_s < output.timing.e2e_s
+        parts = (output.timing.image_s, output.timing.host_s, output.timing.encoder_s, output.timing.prefill_s)
+        assert all(part is not None and part >= 0 for part in parts)
+        assert sum(parts) <= output.timing.ttft_s + 1e-9
 
 
 def test_requests_of_different_length_share_slots(engine, oracle):
