@@ -1,5 +1,6 @@
 """nmm-eval: evaluate a checkpoint or a running server, and set the records side by side."""
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import click
 
 from nmm_serve.cli.compare import compare
 from nmm_serve.cli.errors import Group, ItemsFailed
+from nmm_serve.cli.latency import parse_slo, parse_sweep
 from nmm_serve.cli.render import note, print_json, print_table, progress_bars, quiet_stdout
 from nmm_serve.cli.score import score
 
@@ -83,6 +85,18 @@ def _load_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--requests", type=click.IntRange(1), default=16, show_default=True, help="Per concurrency."),
             click.option("--warmup", type=click.IntRange(0), default=2, show_default=True, help="Waves not measured."),
             click.option("--output-tokens", type=click.IntRange(1), default=32, show_default=True, help="Per request."),
+            click.option(
+                "--sweep", multiple=True, callback=parse_sweep, metavar="NAME=V,V",
+                help="resolution, images, prompt (words) or output (tokens), each value apart; give it several times.",
+            ),
+            click.option(
+                "--rate", "rates", type=click.FloatRange(0, min_open=True), multiple=True,
+                help="Requests/s of an open loop with Poisson arrivals, measured as well; give it several times.",
+            ),
+            click.option(
+                "--slo", callback=parse_slo, metavar="NAME=MS,...",
+                help="Limits of ttft, tpot and e2e in ms, to count goodput: ttft=200,tpot=30.",
+            ),
         )
     ):  # fmt: skip
         command = decorate(command)
@@ -292,6 +306,9 @@ def _evaluate(tasks: tuple[str, ...], options: dict[str, Any]) -> None:
             requests=options["requests"],
             warmup=options["warmup"],
             output_tokens=options["output_tokens"],
+            sweep=options["sweep"],
+            rates=options["rates"],
+            slo=options["slo"],
         )
     label = "all" if len(tasks) > 1 else tasks[0]
     out = options["output"] or Path(f"{_file_name(name or model)}-{label}.json")
@@ -307,9 +324,11 @@ def _evaluate(tasks: tuple[str, ...], options: dict[str, Any]) -> None:
             return lambda count: bars.advance(bar, count)
 
         measured = {"routing": _routing_of(model, plan, start_task)} if "routing" in tasks else {}
+        begin = time.perf_counter()
         engine = open_for(plan, model, options["engine"])
+        startup_s = time.perf_counter() - begin
         try:
-            record = evaluate(engine, data, plan, start_task, measured)
+            record = evaluate(engine, data, plan, start_task, measured, startup_s)
         finally:
             engine.close()
     if options["as_json"]:

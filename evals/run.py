@@ -115,8 +115,10 @@ def evaluate(
     options: Options,
     start_task: StartTask = _no_progress,
     measured: Mapping[str, dict[str, Any]] | None = None,
+    startup_s: float | None = None,
 ) -> Record:
-    """Run the tasks, write the record to `options.out` and return it. `measured`: sections that are there already.
+    """Run the tasks, write the record to `options.out` and return it. `measured`: sections that are there already;
+    `startup_s`: how long opening the engine took.
 
     A request that fails does not raise but is counted and named in the record.
     """
@@ -131,7 +133,9 @@ def evaluate(
             record["tasks"]["caption"] = _run_caption(engine, data.captions, options, kept, items, start_task)
     if data.latency_images:
         progress = start_task("latency", options.load.total)
-        section = latency.measure(engine, data.latency_images, options.load, progress=progress, seed=options.seed)
+        section = latency.measure(
+            engine, data.latency_images, options.load, progress=progress, seed=options.seed, startup_s=startup_s
+        )
         record["tasks"]["latency"] = section
     if data.text is not None:
         record["tasks"]["text"] = text.run(
@@ -151,11 +155,10 @@ def failures(record: Record) -> list[str]:
     for task, section in record["tasks"].items():
         for error in section.get("errors", ()):
             lines.append(f"{task}: {error['id']}: {error['error']}")
-        for level in section.get("levels", ()):
-            if level["failed"]:
+        for what, cell in latency.cells(section):
+            if cell["failed"]:
                 lines.append(
-                    f"{task}: {level['failed']} of {level['n']} requests at concurrency {level['concurrency']}: "
-                    + "; ".join(level["errors"])
+                    f"{task}: {cell['failed']} of {cell['n']} requests at {what}: " + "; ".join(cell["errors"])
                 )
     return lines
 

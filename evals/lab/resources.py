@@ -1,5 +1,6 @@
 """What a process and an artefact take: peak memory, bytes on disk."""
 
+import contextlib
 import resource
 import sys
 from pathlib import Path
@@ -13,10 +14,8 @@ WEIGHTS = (".safetensors", ".onnx", ".data")
 def reset_peak() -> None:
     """Count peaks from here on, where the system allows it."""
     if sys.platform == "linux":
-        try:
+        with contextlib.suppress(OSError):  # then the peak stays that of the whole life of the process
             Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            pass  # then the peak is that of the whole life of the process, which is what `memory` reads either way
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()

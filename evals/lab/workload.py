@@ -18,7 +18,7 @@ SYNTHETIC_SIZE = (640, 480)
 _MARK = 16
 _LEVELS = 32
 """The mark of a round is a square of one colour, 32 levels a channel: JPEG leaves them apart."""
-_WORDS = "one two three red green blue small large left right above below round square near far".split()
+_WORDS = ("one", "two", "red", "green", "small", "large", "left", "right", "above", "below", "round", "near")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ def _marked(image: Image.Image, round_: int) -> bytes:
     image = load_image(image)
     step = 256 // _LEVELS
     colour = tuple(step * (round_ // _LEVELS**power % _LEVELS) for power in (2, 1, 0))
-    image.paste(colour, (0, 0, min(_MARK, image.width), min(_MARK, image.height)))
+    image.paste(colour, (0, 0, min(_MARK, -(-image.width // 2)), min(_MARK, -(-image.height // 2))))
     return _encoded(image, kind)
 
 
@@ -128,8 +128,8 @@ def _encoded(image: Image.Image, kind: str) -> bytes:
 def set_resolution(engine: Engine, resolution: int | None) -> None:
     """Make an engine scale images to about `resolution` squared pixels; None: the model's own size.
 
-    Fewer patches than a model was trained on need no other weights. Raises ConfigError for an engine whose images cannot
-    be scaled from here, and for more patches than the model's size.
+    Fewer patches than a model was trained on need no other weights. Raises ConfigError for an engine whose images
+    cannot be scaled from here, and for more patches than the model's size.
     """
     holders = _image_sizes(engine)
     if not holders:

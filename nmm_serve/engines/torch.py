@@ -37,6 +37,7 @@ class Timed:
             torch.cuda.synchronize()
         return time.perf_counter()
 
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
