@@ -174,11 +174,10 @@ def measure(
     counts: list[Array] = []
     clusters: list[Any] = []
     sources: list[str] = []
-    images = 0
+    images: set[str] = set()
     errors: list[dict[str, Any]] = []
 
     def encoded() -> Iterator[tuple[str, Any, "Encoded"]]:
-        nonlocal images
         for reading in readings:
             try:
                 document = reading.read()
@@ -187,9 +186,12 @@ def measure(
                 errors.append({"id": reading.name, "error": str(error)})
                 progress(1)
                 continue
-            images += len(document.images)
-            first = document.images[0] if document.images else None
-            yield reading.source, str(first) if isinstance(first, str | Path) else reading.name, prompt
+            keys = [
+                str(image) if isinstance(image, str | Path) else f"{reading.name}#{position}"
+                for position, image in enumerate(document.images)
+            ]
+            images.update(keys)
+            yield reading.source, keys[0] if keys else reading.name, prompt
 
     batch: list[Any] = []
 
@@ -228,7 +230,7 @@ def measure(
         "n": len(readings),
         "n_total": len(readings) if total is None else total,
         "complete": total is None or total == len(readings),
-        "images": images,
+        "images": len(images),
         "failed": len(errors),
         "errors": errors,
     }
