@@ -120,6 +120,8 @@ class Space:
 
 
 _TINY = 1e-3
+_EXACT = 1e-7
+"""Residuals of ln L under this are arithmetic, not noise."""
 LOGARITHMIC = ("E", "A", "B")
 """Quantities whose interval is found on the log scale."""
 
@@ -156,6 +158,11 @@ class LawFit:
         estimate even when it is far off, and only the profile of the objective sees how flat it is.
         """
         low, high = resampled_interval(quantity(self.resampled_SP))
+        if np.abs(self.space.design(self.runs).residuals(self.theta_P[None])[0]).max() < _EXACT:
+            # runs without noise: what is left is rounding, and the profile has nothing to rise from
+            centre = float(quantity(self.theta_P[None])[0])
+            margin = 1e-5 * max(1.0, abs(centre))
+            return min(low, centre - margin), max(high, centre + margin)
         below, above = self.profile(name, quantity, (low, high))
         return min(low, below), max(high, above)
 
@@ -174,11 +181,11 @@ class LawFit:
         known_CP = np.concatenate([self.theta_P[None], self.valley_SP, self.resampled_SP])
         off_SC = quantity(known_CP)[None] - pull.target_S[:, None]
         nearest_S = np.argmin(objective(design, known_CP) + 0.5 * pull.strength * off_SC**2, 1)
-        theta_SP, value_S = polish(design, known_CP[nearest_S], pull=pull, **_COARSE)
+        theta_SP, value_S = _coarse(design, known_CP[nearest_S], pull)
         # a second pass from the nearer neighbour's solution: far targets are reached step by step
         near_SP = np.roll(theta_SP, 1, 0)
         near_SP[[0, len(offsets_S)]] = self.theta_P
-        again_SP, again_S = polish(design, near_SP, pull=pull, **_COARSE)
+        again_SP, again_S = _coarse(design, near_SP, pull)
         theta_SP = np.where((again_S < value_S)[:, None], again_SP, theta_SP)
         off_S = quantity(theta_SP) - centre
         rises_S = np.sqrt(np.maximum(objective(design, theta_SP) - self.objective, 0) / rise)
@@ -199,7 +206,8 @@ class LawFit:
         return ends[0], ends[1]
 
 
-_COARSE = {"iterations": 40, "tolerance": 1e-5}
+def _coarse(design: Design, start_SP: Array, pull: Pull) -> tuple[Array, Array]:
+    return polish(design, start_SP, pull=pull, iterations=40, tolerance=1e-5)
 
 
 def critical_rise(design: Design, theta_P: Array) -> float:
@@ -264,7 +272,8 @@ def resample(runs: Runs, times: int, seed: int) -> tuple[Array, int]:
     rng = np.random.default_rng(seed)
     size_R, budget_R = (np.unique(v, return_inverse=True)[1] for v in (runs.n_R, runs.d_R))
     least_n, least_d = min(3, size_R.max() + 1), min(3, budget_R.max() + 1)
-    counts, redrawn = [], 0
+    counts: list[npt.NDArray[np.int64]] = []
+    redrawn = 0
     while len(counts) < times:
         drawn = rng.integers(0, len(runs), len(runs))
         enough = len(np.unique(size_R[drawn])) >= least_n and len(np.unique(budget_R[drawn])) >= least_d
@@ -300,9 +309,9 @@ def valley(design: Design, theta_P: Array) -> Array:
     target_S = least + np.log([0.002, 0.1, 0.3, 0.5, 0.7, 0.82, 0.9, 0.96])
     pull = Pull(lambda t: t[:, 4], target_S, 1e3 * DELTA * len(design.y_R))
     theta_SP = np.repeat(theta_P[None], len(target_S), 0)
-    theta_SP, value_S = polish(design, theta_SP, pull=pull, **_COARSE)
+    theta_SP, value_S = _coarse(design, theta_SP, pull)
     for shift in (1, -1, 1, -1):  # each from its neighbours' solutions, both ways
-        again_SP, again_S = polish(design, np.roll(theta_SP, shift, 0), pull=pull, **_COARSE)
+        again_SP, again_S = _coarse(design, np.roll(theta_SP, shift, 0), pull)
         better = again_S < value_S
         theta_SP[better], value_S[better] = again_SP[better], again_S[better]
     return theta_SP
@@ -313,10 +322,9 @@ def fit_resamples(design: Design, count_SR: Array, start_CP: Array, probe: int =
 
     Which do is found on the first `probe` resamples.
     """
-    options = {"iterations": 80, "tolerance": 1e-7}
 
     def fits(start_P: Array, count_SR: Array) -> tuple[Array, Array]:
-        return polish(design, np.repeat(start_P[None], len(count_SR), 0), count_SR, **options)
+        return polish(design, np.repeat(start_P[None], len(count_SR), 0), count_SR, iterations=80, tolerance=1e-7)
 
     theta_SP, value_S = fits(start_CP[0], count_SR)
     some = slice(0, probe)
@@ -417,7 +425,7 @@ def family_cost(n_R: Array, d_R: Array, flops_R: Array) -> tuple[Cost, float]:
     return Cost(factor=float(np.exp(level)), exponent=1 + slope), float(np.abs(np.expm1(left_R)).max())
 
 
-def describe_law(law: Law) -> Mapping[str, float]:
+def describe_law(law: Law) -> Mapping[str, float | None]:
     return {
         "E": law.E, "A": law.A, "alpha": law.alpha, "B": law.B, "beta": law.beta, "a": law.a, "b": law.b, "d": law.d,
     }  # fmt: skip

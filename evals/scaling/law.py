@@ -77,7 +77,14 @@ class Law:
         return float(np.exp(high))
 
 
-def log_optimal_size(log_A: Array, alpha: Array, log_B: Array, beta: Array, log_flops: Array, cost: Cost) -> Array:
+def log_optimal_size(
+    log_A: Array | float,
+    alpha: Array | float,
+    log_B: Array | float,
+    beta: Array | float,
+    log_flops: Array | float,
+    cost: Cost,
+) -> Array:
     """ln N* under C = 6 f N^m D, where the derivative of A/N^alpha + B/D(N)^beta is zero. Arguments broadcast."""
     m = cost.exponent
     budget = log_flops - np.log(6 * cost.factor)

@@ -90,14 +90,21 @@ def fit_target(
         )
     positive = law.alpha > 0 and law.beta > 0
     if not positive:
-        warnings.append("an exponent is not positive: the loss does not fall with it, and there is no optimal split")
+        warnings.append(
+            "an exponent is not positive: the loss does not fall with it, so there is no optimal split (a, b, d)"
+        )
     edge, edge_interval = _frontier(fitted, cost, bootstraps, seed, warnings, positive)
+    described = dict(describe_law(law))
     intervals = {name: list(bounds) for name, bounds in fitted.intervals.items()}
+    if not positive:
+        for name in ("a", "b", "d"):
+            described[name] = None
+            del intervals[name]
     if edge_interval is not None:
         intervals["c"] = edge_interval
     fit = {
         **head,
-        **describe_law(law),
+        **described,
         "c": edge["c"],
         "intervals": intervals,
         **{k: v for k, v in held_out_error(fitted, seed=seed).items() if k != "n"},

@@ -182,9 +182,9 @@ def _trunk_and_branches(
     trunk = config_from(merged(values, quiet, {"schedule": {"cooldown": 0.0}}))
     runs = [Run(name, family, size, mixture, seed, trunk)]
     for steps, at in sorted(starts.items()):
-        own = {"name": f"{name}-{_short(budgets[steps])}", "steps": steps, "eval_every": steps, "save_at": []}
+        own: Values = {"name": f"{name}-{_short(budgets[steps])}", "steps": steps, "eval_every": steps, "save_at": []}
         config = config_from(merged(values, own, {"schedule": {"cooldown": float(plan.cooldown)}}))
-        runs.append(Run(own["name"], family, size, mixture, seed, config, trunk=name, at=at))
+        runs.append(Run(config.name, family, size, mixture, seed, config, trunk=name, at=at))
     return runs
 
 
@@ -210,6 +210,8 @@ def merged(*layers: Values) -> Values:
     for layer in layers:
         for key, value in layer.items():
             old = result.get(key)
-            both = isinstance(old, dict) and isinstance(value, dict)
-            result[key] = merged(old, value) if both else copy.deepcopy(value)
+            if isinstance(old, dict) and isinstance(value, dict):
+                result[key] = merged(old, value)
+            else:
+                result[key] = copy.deepcopy(value)
     return result

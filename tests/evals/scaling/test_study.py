@@ -102,3 +102,21 @@ def test_isoflop_runs_without_curves_still_fit():
     assert fit["alpha"] == pytest.approx(EARLY.alpha, rel=0.02)
     assert fit["frontier"]["source"] == "law"
     assert -0.1 < fit["c"] < 0
+
+
+def test_losses_that_rise_with_size_have_no_optimum():
+    runs = grid(SIZES, BUDGETS, EARLY, 0.002)
+    rising = type(runs)(runs.n_R, runs.d_R, 1 + 0.1 * np.log(runs.n_R), runs.flops_R)
+    fit = fit_records(parse_records(lines(rising), "runs"), bootstraps=20)["fits"][0]
+    assert (fit["a"], fit["b"], fit["d"], fit["optima"]) == (None, None, None, [])
+    assert "a" not in fit["intervals"]
+    assert any("no optimal split" in warning for warning in fit["warnings"])
+
+
+def test_runs_without_noise_have_narrow_intervals_that_hold():
+    fit = fit_records(parse_records(lines(grid(SIZES, BUDGETS, EARLY)), "runs"), bootstraps=20)["fits"][0]
+    assert fit["warnings"] == []
+    for name in ("E", "alpha", "beta", "a"):
+        low, high = fit["intervals"][name]
+        assert low < getattr(EARLY, name) < high
+        assert high - low < 1e-4
