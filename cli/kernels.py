@@ -114,7 +114,7 @@ def choose(records: Sequence[Path]) -> None:
     from nmm_serve.evals.records import write_text
     from nmm_serve.vllm_plugin.moe_choice import OURS, TABLE, THEIRS, merged, read_table, rows_of
 
-    new = []
+    new: list[dict[str, Any]] = []
     for path in records:
         record = read_json(path)
         if not isinstance(record, dict) or record.get("format") != FORMAT:
@@ -127,7 +127,7 @@ def choose(records: Sequence[Path]) -> None:
         new += rows
     table = merged(read_table(TABLE), new)
     write_text(TABLE, json.dumps({"rows": table}, indent=2) + "\n")
-    rows = [
+    lines = [
         [" ".join(str(value) for value in row["layer"].values()), str(row["cells"]), number(row["worst_ratio"]),
          "nmm-serve" if row["faster"] else "vllm"]
         for row in table
@@ -135,7 +135,7 @@ def choose(records: Sequence[Path]) -> None:
     print_table(
         "Experts under vLLM",
         ("gpu, dtype, hidden, intermediate, experts, top-k", "cells", "worst ratio", "kernels"),
-        rows,
+        lines,
     )
 
 
