@@ -281,7 +281,7 @@ class NMM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """What the model says after each context, up to the first of the task's stop strings."""
-        sampled = [self._sampling(request.args[1], i) for i, request in enumerate(requests)]
+        sampled = [self.sampling(request.args[1], i) for i, request in enumerate(requests)]
         prompts: list[Any] = [request.args[0] for request in requests]
         if self.prompts is not None:
             local = [i for i, request in enumerate(requests) if not self._as_messages(request)]
@@ -346,7 +346,7 @@ class NMM(TemplateLM):
             output = next(outputs)
             yield output.text if output.error is None else PromptError(output.error)
 
-    def _sampling(self, gen_kwargs: dict[str, Any], position: int) -> SamplingParams:
+    def sampling(self, gen_kwargs: dict[str, Any], position: int) -> SamplingParams:
         """Raises ConfigError for an option that no engine has: leaving it out would change the task."""
         options = dict(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
         until, max_tokens = options.pop("until", []), options.pop("max_gen_toks")

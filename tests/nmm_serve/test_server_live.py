@@ -321,3 +321,31 @@ def test_sigterm_lets_running_answers_end_and_exits_cleanly(live):
     assert live.process.wait(timeout=60) == 0
     with pytest.raises(urllib.error.URLError):
         live.get("/health")
+
+
+def test_text_tasks_score_as_on_the_torch_engine(live, oracle):
+    """Through lm-eval's model: tokens over the boundary, texts beyond the context, whole documents, chats."""
+    pytest.importorskip("lm_eval", reason="needs the extra `evals`")
+    from text_fakes import instance, likelihood
+
+    from nmm_serve.evals.lm_eval_model import NMM
+
+    served, local = NMM(OpenAIEngine(live.url, api_key=KEY)), NMM(oracle)
+    assert served.max_length == local.max_length
+    pairs = [("what is the col", "our of"), ("the circle is ", "red"), ("", "red"), ("circle red " * 300, " blue")]
+    asked = [likelihood(*pair, doc_id=i) for i, pair in enumerate(pairs)]
+    for found, expected in zip(served.loglikelihood(asked), local.loglikelihood(asked), strict=True):
+        assert found == (pytest.approx(expected[0], abs=1e-3), expected[1])
+    assert served.truncated == local.truncated == {"toy": {3}}
+    documents = [instance("loglikelihood_rolling", text) for text in ("red circle", "circle red " * 300)]
+    for found, expected in zip(
+        served.loglikelihood_rolling(documents), local.loglikelihood_rolling(documents), strict=True
+    ):
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-3)
+    chat = served.apply_chat_template([{"role": "user", "content": "<image>what is"}])
+    kwargs, image = {"max_gen_toks": 6, "until": []}, {"visual": [scene(1)]}
+    answers = [
+        m.generate_until([instance("generate_until", chat, kwargs, image), instance("generate_until", "the", kwargs)])
+        for m in (served, local)
+    ]
+    assert [a.rstrip("\ufffd") for a in answers[0]] == [a.rstrip("\ufffd") for a in answers[1]]
