@@ -94,7 +94,7 @@ def first_line(error: Exception) -> str:
 
 
 def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
-    low, median, high = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
+    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
     return low, median, high
 
 
