@@ -10,6 +10,7 @@ import click
 from nmm_serve.cli.compare import compare
 from nmm_serve.cli.errors import Group, ItemsFailed
 from nmm_serve.cli.latency import parse_slo, parse_sweep
+from nmm_serve.cli.onnx_speed import onnx_speed
 from nmm_serve.cli.render import note, print_json, print_table, progress_bars, quiet_stdout
 from nmm_serve.cli.score import score
 
@@ -24,6 +25,7 @@ def main() -> None:
 
 main.add_command(score)
 main.add_command(compare)
+main.add_command(onnx_speed)
 
 
 def _evaluation(command: Callable[..., None]) -> Callable[..., None]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from nmm_serve.config import NMMConfig
 from nmm_serve.onnx.graph import CONTRIB, FLOAT, INT32, INT64, Graph
-from nmm_serve.onnx.moe import moe
+from nmm_serve.onnx.moe import experts, learned_weights, modality_weights
 from nmm_serve.onnx.quantize import Quantization, per_row_int8
 
 BOOL = 9
@@ -34,6 +34,9 @@ def write_decoder(path: Path, config: NMMConfig, weights: Weights, quantization:
     H, G, C = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     residual, bias = embed(graph, config, weights["model.embed_tokens.weight"], quantization)
     cos, sin = (graph.weight(table, "rope") for table in rope(config))
+    by_modality = ""
+    if config.router == "modality":
+        by_modality = modality_weights(graph, placeholder_id(config))
     x = graph.rms_norm(residual, weights["model.layers.0.input_layernorm.weight"], eps)
     inputs: dict = {
         "input_ids": (INT64, ["B", "T"]),
@@ -62,11 +65,12 @@ def write_decoder(path: Path, config: NMMConfig, weights: Weights, quantization:
         out = graph.linear(attended, weights[layer + "self_attn.o_proj.weight"], quantization, f"{i}.o")
         x, residual = graph.add_rms_norm(residual, out, weights[layer + "post_attention_layernorm.weight"], eps)
         if config.num_experts:
-            x = moe(
-                graph, x, weights[layer + "mlp.gate.weight"], weights[layer + "mlp.experts.gate_up_proj"],
-                weights[layer + "mlp.experts.down_proj"], top_k=config.num_experts_per_tok,
-                renormalize=config.norm_topk_prob, quantization=quantization, hint=str(i),
+            weight_EN = by_modality or learned_weights(
+                graph, x, weights[layer + "mlp.gate.weight"], top_k=config.num_experts_per_tok,
+                renormalize=config.norm_topk_prob, hint=str(i),
             )  # fmt: skip
+            gate_up, down = weights[layer + "mlp.experts.gate_up_proj"], weights[layer + "mlp.experts.down_proj"]
+            x = experts(graph, x, weight_EN, gate_up, down, quantization, str(i))
         else:
             gate_up, down = weights[layer + "mlp.gate_up_proj.weight"], weights[layer + "mlp.down_proj.weight"]
             x = graph.swiglu(x, gate_up, down, quantization, str(i))
@@ -86,6 +90,11 @@ def write_decoder(path: Path, config: NMMConfig, weights: Weights, quantization:
     else:
         graph.op("Identity", logits, out=["logits"])
     graph.save(path, inputs, outputs, "decoder")
+
+
+def placeholder_id(config: NMMConfig) -> int:
+    """The token of an image patch; no token in a model without images."""
+    return -1 if config.image_token_id is None else config.image_token_id
 
 
 def head_norm(graph: Graph, x: str, num_heads: int, head_dim: int, gain: np.ndarray, eps: float) -> str:
@@ -119,8 +128,7 @@ def embed(graph: Graph, config: NMMConfig, table_VD: np.ndarray, quantization: Q
     num_all = graph.op("Reshape", graph.op("Cast", "total_len", to=INT64), graph.ints(1))
 
     prompt = Graph(graph)
-    token_id = -1 if config.image_token_id is None else config.image_token_id
-    is_image_BT = prompt.op("Equal", "input_ids", prompt.scalar(token_id))
+    is_image_BT = prompt.op("Equal", "input_ids", prompt.scalar(placeholder_id(config)))
     row_P1 = prompt.op("Transpose", prompt.op("NonZero", is_image_BT), perm=[1, 0])
     filled_BTD = prompt.op("ScatterND", x_BTD, row_P1, "image_embeds")
     bias_B1TS = attention_bias(prompt, is_image_BT, num_new, num_all)

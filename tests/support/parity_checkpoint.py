@@ -22,7 +22,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True, "num_key_value_heads": 1},
 }
 TORCH_ONLY: dict[str, dict[str, Any]] = {"modality-moe": {"num_experts": 2, "router": "modality"}}
-"""What the torch engine alone serves."""
+"""What vLLM does not serve."""
 
 
 def make_parity_checkpoint(path: Path, family: str) -> Path:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from exported import checkpoint_of, exported
-from parity_checkpoint import FAMILIES, assert_parity, noise_image, parity_requests
+from parity_checkpoint import FAMILIES, TORCH_ONLY, assert_parity, noise_image, parity_requests
 
 pytest.importorskip("onnxruntime")
 
@@ -31,7 +31,7 @@ def oracle():
     return TorchEngine(str(checkpoint_of("late-moe")))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | TORCH_ONLY)
 def test_tokens_and_logprobs_equal_torch(family):
     reference, requests = TorchEngine(str(checkpoint_of(family))), parity_requests(8)
     for batch_size in (1, 16):
