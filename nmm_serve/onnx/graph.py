@@ -105,11 +105,11 @@ class Graph:
         self, path: Path, inputs: dict[str, tuple[int, Dims]], outputs: dict[str, tuple[int, Dims]], title: str
     ) -> None:
         """Write `path` and, beside it, its weights as `path`.data."""
-        described = [
+        taken, given = (
             [helper.make_tensor_value_info(name, kind, dims) for name, (kind, dims) in values.items()]
             for values in (inputs, outputs)
-        ]
-        graph = helper.make_graph(self.nodes, title, *described, initializer=list(self.weights.values()))
+        )
+        graph = helper.make_graph(self.nodes, title, taken, given, initializer=list(self.weights.values()))
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="nmm-serve")
         onnx.save_model(model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=1024)

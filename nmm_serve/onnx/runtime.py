@@ -89,7 +89,7 @@ class Runtime:
         """
         past, new = int(self.length_S[slot]), len(token_ids)
         assert 0 < new <= self.manifest.context_length - past
-        arrays = {
+        arrays: dict[str, np.ndarray] = {
             "input_ids": np.array([token_ids], np.int64),
             "image_embeds": self._no_images_PD if image_PD is None else image_PD,
             "seqlens_k": np.array([past + new - 1], np.int32),
@@ -112,7 +112,7 @@ class Runtime:
         self._last_S[:B] = self.length_S[:B]
         self._total[...] = int(self.length_S[:B].max()) + 1
         if B not in self._steps:
-            arrays = {
+            arrays: dict[str, np.ndarray] = {
                 "input_ids": self._token_S1[:B],
                 "image_embeds": self._nothing_PD,
                 "seqlens_k": self._last_S[:B],
