@@ -1,6 +1,6 @@
 """nmm-eval score: score result files in the official formats, without a model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,9 @@ def vqa(questions: Path, annotations: Path, results: Path, as_json: bool) -> Non
     rows = [_vqa_row("overall", official["overall"], scored.interval(), len(asked))]
     for group, name in (("question_type", "per_question_type"), ("answer_type", "per_answer_type")):
         for kind, value in official[name].items():
-            in_group = [getattr(q, group) == kind for q in asked]
-            interval = scored.interval(lambda q, g=group, k=kind: getattr(q, g) == k)
-            rows.append(_vqa_row(f"{group.replace('_', ' ')}: {kind}", value, interval, sum(in_group)))
+            of_kind = _of_kind(group, kind)
+            n = sum(map(of_kind, asked))
+            rows.append(_vqa_row(f"{group.replace('_', ' ')}: {kind}", value, scored.interval(of_kind), n))
     print_table("Official VQA v2 accuracy", ["questions", "accuracy %", "95 % interval", "n"], rows)
     print_table(
         "Not the official accuracy", ["metric", "%"],
@@ -76,6 +76,10 @@ def caption(annotations: Path, results: Path, metrics: str | None, as_json: bool
         shown = "–" if value is None else f"{value:.4f}"
         rows.append([name, shown, _brackets(scored.intervals[name], 4)])
     print_table(f"Captions of {len(images)} images", ["metric", "score", "95 % interval"], rows)
+
+
+def _of_kind(group: str, kind: str) -> Callable[[Any], bool]:
+    return lambda question: getattr(question, group) == kind
 
 
 def _vqa_row(name: str, value: float, interval: Any, n: int) -> Sequence[str]:

@@ -202,10 +202,10 @@ def _caption_measures(
     def add(name: str, statistics: Sequence[Statistic]) -> None:
         measures.append(Measure(name, tuple(statistics), (images,) * len(names), images))
 
-    tokens = [[item.get("tokens") for item in record_items] for record_items in aligned]
-    if any(t is None for record_tokens in tokens for t in record_tokens):
+    if any(item.get("tokens") is None for record_items in aligned for item in record_items):
         left_out["BLEU, CIDEr"] = "an older version wrote one of the records, without tokens; evaluate anew"
     else:
+        tokens = [[item["tokens"] for item in record_items] for record_items in aligned]
         references = [t["references"] for t in tokens[0]]
         for name, record_tokens in zip(names, tokens, strict=True):
             if [t["references"] for t in record_tokens] != references:
@@ -298,7 +298,7 @@ def _judge(measure: Measure, names: Sequence[str], resamples: int, seed: int) ->
         name: {"value": value, "interval": _as_dict(stats.percentile_interval(drawn_R, clusters, unit))}
         for name, value, drawn_R, clusters in zip(names, values, drawn_MR, measure.clusters, strict=True)
     }
-    pairs = []
+    pairs: list[dict[str, Any]] = []
     for a, b in itertools.combinations(range(len(names)), 2):
         clusters = min(measure.clusters[a], measure.clusters[b])
         deltas_R = drawn_MR[a] - drawn_MR[b]
