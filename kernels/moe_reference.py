@@ -130,9 +130,12 @@ def up_proj(
     """act_NF = silu(gate) * up, sorted, and the pre-activation [N, 2F] (empty unless `keep_pre`)."""
     x_ND = x_TD[order_N // top_k]
     pre_N2F = x_ND.new_empty(len(x_ND), gate_up_E2FD.shape[1])
-    for expert, x_nD, pre_n2F in _per_expert(offset_E1, x_ND, pre_N2F):
+    act_NF = x_ND.new_empty(len(x_ND), gate_up_E2FD.shape[1] // 2)
+    for expert, x_nD, pre_n2F, act_nF in _per_expert(offset_E1, x_ND, pre_N2F, act_NF):
         torch.mm(x_nD, gate_up_E2FD[expert].T, out=pre_n2F)
-    return _swiglu(pre_N2F), pre_N2F if keep_pre else pre_N2F.new_empty(0, pre_N2F.shape[1])
+        gate_nF, up_nF = pre_n2F.chunk(2, dim=-1)
+        torch.mul(F.silu(gate_nF), up_nF, out=act_nF)
+    return act_NF, pre_N2F if keep_pre else pre_N2F.new_empty(0, pre_N2F.shape[1])
 
 
 def down_proj(
@@ -146,8 +149,8 @@ def down_proj(
     out_ND = act_NF.new_empty(len(act_NF), down_EDF.shape[1])
     for expert, act_nF, out_nD in _per_expert(offset_E1, act_NF, out_ND):
         torch.mm(act_nF, down_EDF[expert].T, out=out_nD)
-    weight_N1 = weight_TK.reshape(-1)[order_N, None].to(out_ND.dtype)
-    return torch.empty_like(out_ND).index_copy_(0, order_N.long(), out_ND * weight_N1)
+    out_ND *= weight_TK.reshape(-1)[order_N, None].to(out_ND.dtype)
+    return torch.empty_like(out_ND).index_copy_(0, order_N.long(), out_ND)
 
 
 def combine(slot_ND: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -192,20 +195,26 @@ def down_backward(
     Returns:
         dpre_N2F and the weighted activation w * act (for the weight's gradient), both sorted, and dweight_TK.
     """
-    dy_ND = dy_TD[order_N // weight_TK.shape[1]]
-    dact_NF = dy_ND.new_empty(len(dy_ND), down_EDF.shape[2])  # of the unweighted activation, before the weight
-    for expert, dy_nD, dact_nF in _per_expert(offset_E1, dy_ND, dact_NF):
-        torch.mm(dy_nD, down_EDF[expert], out=dact_nF)
-    gate_NF, up_NF = pre_N2F.chunk(2, dim=-1)
-    sigmoid_NF = gate_NF.sigmoid()
-    silu_NF = gate_NF * sigmoid_NF
-    act_NF = silu_NF * up_NF
-    dweight_N = torch.empty(len(order_N), dtype=weight_TK.dtype, device=dy_TD.device)
-    dweight_N[order_N.long()] = (_wide(dact_NF) * act_NF).sum(-1).to(weight_TK.dtype)
-    weight_N1 = weight_TK.reshape(-1)[order_N, None].to(dact_NF.dtype)
-    dact_NF = dact_NF * weight_N1
-    dgate_NF = dact_NF * up_NF * (sigmoid_NF + silu_NF * (1 - sigmoid_NF))
-    return torch.cat((dgate_NF, dact_NF * silu_NF), dim=1), act_NF * weight_N1, dweight_N.view_as(weight_TK)
+    N, K, F2 = len(order_N), weight_TK.shape[1], pre_N2F.shape[1]
+    dpre_N2F = torch.empty_like(pre_N2F)
+    weighted_act_NF = pre_N2F.new_empty(N, F2 // 2)
+    dweight_N = torch.empty(N, dtype=weight_TK.dtype, device=dy_TD.device)
+    weight_N1 = weight_TK.reshape(-1)[order_N, None].to(pre_N2F.dtype)
+    rows = dy_TD[order_N // K], pre_N2F, dpre_N2F, weighted_act_NF, weight_N1, dweight_N
+    # one expert at a time: its rows stay in the cache through all of this
+    for expert, dy_nD, pre_n2F, dpre_n2F, weighted_act_nF, weight_n1, dweight_n in _per_expert(offset_E1, *rows):
+        dact_nF = dy_nD @ down_EDF[expert]  # of the unweighted activation, before the weight
+        (gate_nF, up_nF), (dgate_nF, dup_nF) = pre_n2F.chunk(2, dim=-1), dpre_n2F.chunk(2, dim=-1)
+        silu_nF = F.silu(gate_nF)
+        act_nF = silu_nF * up_nF
+        torch.sum(_wide(dact_nF) * act_nF, dim=-1, dtype=weight_TK.dtype, out=dweight_n)
+        torch.mul(act_nF, weight_n1, out=weighted_act_nF)
+        dact_nF *= weight_n1
+        torch.mul(dact_nF, silu_nF, out=dup_nF)
+        dact_nF *= up_nF
+        torch.ops.aten.silu_backward.grad_input(dact_nF, gate_nF, grad_input=dgate_nF)
+    dweight_TK = torch.empty_like(dweight_N).index_copy_(0, order_N.long(), dweight_N).view_as(weight_TK)
+    return dpre_N2F, weighted_act_NF, dweight_TK
 
 
 def up_backward(
