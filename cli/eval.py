@@ -432,7 +432,13 @@ def _print_comparison(records: list[dict[str, Any]], as_json: bool) -> None:
         titles = [column.title for column in columns]
         print_json({"rows": [dict(zip(titles, (c.value for c in row), strict=True)) for row in rows], "notes": notes})
         return
-    print_table("", [column.title for column in columns], [[_cell(cell) for cell in row] for row in rows])
+    side_by_side = [i for i, column in enumerate(columns) if not column.aside]
+    shown = [[_cell(row[i]) for i in side_by_side] for row in rows]
+    print_table("", [columns[i].title for i in side_by_side], shown)
+    # a terminal has no room for these: a row each, and a column a model
+    aside = [[column.title, *(_cell(row[i]) for row in rows)] for i, column in enumerate(columns) if column.aside]
+    if aside:
+        print_table("", ["text tasks and experts", *(_cell(row[0]) for row in rows)], aside)
     for line in notes:
         note(line)
 

@@ -11,11 +11,13 @@ MISSING = "–"
 
 @dataclass(frozen=True)
 class Column:
-    """`higher_is_better` None: not a quality (a size, a name)."""
+    """`higher_is_better` None: not a quality (a size, a name). `aside`: where a page is narrow, the column belongs
+    into a table of its own."""
 
     title: str
     higher_is_better: bool | None
     what: str
+    aside: bool = False
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,8 @@ def _text_columns(records: Sequence[Record]) -> list[tuple[Column, Any]]:
             metric = next((m for m in _FIRST_METRICS if m in found["metrics"]), next(iter(found["metrics"]), None))
             if metric is not None:
                 better = found["higher_is_better"].get(metric)
-                column = Column(f"{task} {metric}", better, f"{task}: {metric} with its 95 % interval over documents")
+                what = f"{task}: {metric} with its 95 % interval over documents"
+                column = Column(f"{task} {metric}", better, what, aside=True)
                 columns.setdefault(task, (column, _text(task, metric)))
     return list(columns.values())
 
@@ -297,8 +300,11 @@ _COLUMNS: list[tuple[Column, Any]] = [
         _latency("output_tokens_per_s", True),
     ),
     (
-        Column("specialisation", None, "of the experts in image or text, 0 to 1, mean over layers"),
+        Column("specialisation", None, "of the experts in image or text, 0 to 1, mean over layers", aside=True),
         _routing("specialisation", 3),
     ),
-    (Column("max/mean load", False, "busiest expert over the mean, mean over layers"), _routing("max_over_mean", 2)),
+    (
+        Column("max/mean load", False, "busiest expert over the mean, mean over layers", aside=True),
+        _routing("max_over_mean", 2),
+    ),
 ]
