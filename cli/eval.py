@@ -9,7 +9,15 @@ import click
 
 from nmm_serve.cli.compare import compare
 from nmm_serve.cli.errors import Group, ItemsFailed
-from nmm_serve.cli.latency import parse_slo, parse_sweep
+from nmm_serve.cli.latency import (
+    compare_latency,
+    comparison_options,
+    latency_report,
+    ledger,
+    parse_slo,
+    parse_sweep,
+    split_options,
+)  # fmt: skip
 from nmm_serve.cli.onnx_speed import onnx_speed
 from nmm_serve.cli.render import note, print_json, print_table, progress_bars, quiet_stdout
 from nmm_serve.cli.score import score
@@ -26,6 +34,8 @@ def main() -> None:
 main.add_command(score)
 main.add_command(compare)
 main.add_command(onnx_speed)
+main.add_command(ledger)
+main.add_command(latency_report)
 
 
 def _evaluation(command: Callable[..., None]) -> Callable[..., None]:
@@ -37,9 +47,7 @@ def _any_evaluation(command: Callable[..., None]) -> Callable[..., None]:
     """The options of everything that asks a model."""
     for decorate in reversed(
         (
-            click.option(
-                "--model", required=True, help="Checkpoint directory, or the URL of an OpenAI-compatible server."
-            ),
+            click.option("--model", help="Checkpoint directory, or the URL of an OpenAI-compatible server."),
             click.option(
                 "--engine",
                 help="torch (default), vllm, onnx (default for an exported model), or openai (default for a URL).",
@@ -122,9 +130,14 @@ def caption(**options: Any) -> None:
 @main.command()
 @_evaluation
 @_load_options
+@comparison_options
 def latency(**options: Any) -> None:
-    """Time to first token, time per token and throughput."""
-    _evaluate(("latency",), options)
+    """Where the time of a request goes: one model (--model), or several side by side (--compare MODEL...)."""
+    compared, options = split_options(options)
+    if compared is None:
+        _evaluate(("latency",), options)
+    else:
+        compare_latency(compared, options)
 
 
 @main.command()
@@ -295,6 +308,8 @@ def _evaluate(tasks: tuple[str, ...], options: dict[str, Any]) -> None:
     from nmm_serve.evals.latency import Load
     from nmm_serve.evals.run import Options, evaluate, load_data, open_for
 
+    if options["model"] is None:
+        raise click.UsageError("Missing option '--model'.")
     files = find_files(
         options.get("data"),
         options.get("split", ""),

@@ -50,7 +50,7 @@ def vqa_by_question_type(records: Sequence[Record]) -> str | None:
             groups = record["tasks"]["vqa"]["per_question_type"]
             here = [i for i, name in enumerate(types) if name in groups]
             values = [groups[types[i]]["accuracy"] for i in here]
-            spans = [_span(groups[types[i]]["accuracy"], groups[types[i]]["interval"]) for i in here]
+            spans = [span(groups[types[i]]["accuracy"], groups[types[i]]["interval"]) for i in here]
             axes.barh(
                 [i - 0.4 + thickness * (index + 0.5) for i in here],
                 values,
@@ -70,7 +70,7 @@ def vqa_by_question_type(records: Sequence[Record]) -> str | None:
         axes.set_xlim(0, 102)
         axes.set_xlabel("VQA accuracy, %")
         axes.grid(axis="y", visible=False)
-        _legend_above(figure, axes)
+        legend_above(figure, axes)
     return figure.svg
 
 
@@ -90,7 +90,7 @@ def caption_metrics(records: Sequence[Record]) -> str | None:
                 value = record["tasks"]["caption"]["metrics"].get(metric)
                 if value is None:
                     continue
-                low, high = _span(value, (record["tasks"]["caption"].get("intervals") or {}).get(metric))
+                low, high = span(value, (record["tasks"]["caption"].get("intervals") or {}).get(metric))
                 axes.bar(index, value, color=colour(index), width=0.7, yerr=[[low], [high]], ecolor="#333")
             axes.set_title(metric.replace("Bleu", "BLEU").replace("_", "-"), fontsize=10)
             axes.set_xticks(range(len(held)), [r["model"]["name"] for r in held], rotation=30, ha="right")
@@ -160,7 +160,7 @@ def quality_against_latency(records: Sequence[Record]) -> str | None:
                 x, (y, interval) = e2e_ms(record), quality(record)
                 if x is None or y is None:
                     continue
-                low, high = _span(y, interval)
+                low, high = span(y, interval)
                 axes.errorbar(x, y, yerr=[[low], [high]], fmt="o", color=colour(index), ms=7, elinewidth=1)
                 axes.annotate(record["model"]["name"], (x, y), xytext=(7, 5), textcoords="offset points")
             axes.margins(y=0.2)
@@ -190,7 +190,7 @@ def training_curves(records: Sequence[Record]) -> str | None:
             panels[1].set_title("validation loss, mean over data types", fontsize=10)
         for axes in panels:
             axes.set_xlabel("tokens, millions")
-        _legend_above(figure, panels[0])
+        legend_above(figure, panels[0])
     return figure.svg
 
 
@@ -257,7 +257,7 @@ def routing_by_layer(records: Sequence[Record]) -> str | None:
             axes.set_xlabel("layer")
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.set_ylim(bottom=1 if key == "max_over_mean" else 0)
-        _legend_above(figure, panels[0])
+        legend_above(figure, panels[0])
     return figure.svg
 
 
@@ -280,7 +280,7 @@ def routing_over_training(records: Sequence[Record]) -> str | None:
                     axes.plot(x, values, color=colour(layer), lw=1, label=f"layer {layer}")
                 axes.set_title(f"{record['model']['name']}: {title}", fontsize=9.5)
                 axes.set_xlabel("tokens, millions")
-        _legend_above(figure, panels[0])
+        legend_above(figure, panels[0])
     return figure.svg
 
 
@@ -326,14 +326,14 @@ def colour(index: int) -> str:
     return _COLOURS[index % len(_COLOURS)]
 
 
-def _span(value: float, interval: Any) -> tuple[float, float]:
+def span(value: float, interval: Any) -> tuple[float, float]:
     """How far the interval reaches below and above the value; a resampled interval need not hold it."""
     if not interval:
         return 0.0, 0.0
     return max(0.0, value - interval["low"]), max(0.0, interval["high"] - value)
 
 
-def _legend_above(drawn: Drawing, axes: "Axes") -> None:
+def legend_above(drawn: Drawing, axes: "Axes") -> None:
     handles, labels = axes.get_legend_handles_labels()
     drawn.figure.legend(handles, labels, loc="outside upper center", ncols=min(6, len(labels)))
 

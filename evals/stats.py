@@ -180,3 +180,32 @@ def quantile_intervals(
     drawn_RN = values_N[rng.integers(0, len(values_N), size=(resamples, len(values_N)))]
     resampled_QR = np.quantile(drawn_RN, quantiles, axis=1)
     return [percentile_interval(row_R, len(values_N), unit, level) for row_R in resampled_QR]
+
+
+def paired_ratio(
+    values_a: Sequence[float] | Array,
+    values_b: Sequence[float] | Array,
+    clusters: Sequence[Hashable],
+    *,
+    statistic: Callable[..., Any] = np.median,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    level: float = LEVEL,
+    unit: str = "round",
+) -> tuple[float, Interval | None]:
+    """`statistic(a) / statistic(b)` over the same items in the same order, drawing whole clusters for both alike."""
+    values_2N = np.asarray([values_a, values_b], dtype=float)
+    assert values_2N.shape[1] == len(clusters) > 0
+    index_N, num_clusters = cluster_index(clusters)
+    ratio = float(statistic(values_2N[0]) / statistic(values_2N[1]))
+    if num_clusters < 2:
+        return ratio, None
+    members = [np.flatnonzero(index_N == cluster) for cluster in range(num_clusters)]
+    drawn_RC = np.random.default_rng(seed).integers(0, num_clusters, size=(resamples, num_clusters))
+    if len({len(member) for member in members}) == 1:
+        items_RN = np.stack(members)[drawn_RC].reshape(resamples, -1)
+        ratios_R = statistic(values_2N[0][items_RN], axis=1) / statistic(values_2N[1][items_RN], axis=1)
+    else:
+        drawn = [values_2N[:, np.concatenate([members[c] for c in row_C])] for row_C in drawn_RC]
+        ratios_R = np.array([statistic(a_N) / statistic(b_N) for a_N, b_N in drawn])
+    return ratio, percentile_interval(ratios_R, num_clusters, unit, level)
