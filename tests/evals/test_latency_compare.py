@@ -156,7 +156,7 @@ def test_a_comparison_of_two_checkpoints(checkpoints, tmp_path):
     }
     page = write_page(document, [quality], tmp_path / "page")
     assert sorted(path.name for path in page.parent.iterdir()) == [
-        "latency.md", "parts.svg", "pareto.svg", "ratios.svg",
+        "latency.md", "pareto.svg", "parts.svg", "ratios.svg",
     ]  # fmt: skip
     assert "resolution 32" in page.read_text()
 
