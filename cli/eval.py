@@ -270,7 +270,7 @@ def text(**options: Any) -> None:
 def all_(**options: Any) -> None:
     """VQA, captions, latency, our text tasks and, for a mixture of experts, routing: one record."""
     tasks = ("vqa", "caption", "latency", "text")
-    if Path(options["model"]).is_dir():
+    if options["model"] is not None and Path(options["model"]).is_dir():
         from nmm_serve.evals.routing import is_sparse
 
         tasks += ("routing",) if is_sparse(options["model"]) else ()

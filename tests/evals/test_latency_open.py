@@ -60,7 +60,8 @@ def test_a_free_engine_takes_all_that_have_arrived():
 
 def test_a_server_is_asked_at_each_arrival():
     engine = FakeEngine(lambda _: says("x", 2))
-    driven = drive_in_parallel(engine, [object()] * 5, [0.0, 0.001, 0.002, 0.003, 0.004])
+    requests = [Workload(images=0).request(Pictures(), number) for number in range(5)]
+    driven = drive_in_parallel(engine, requests, [0.0, 0.001, 0.002, 0.003, 0.004])
     assert engine.batches == [1] * 5
     assert len(driven.outputs) == len(driven.delays_s) == 5
     assert all(delay >= 0 for delay in driven.delays_s)
