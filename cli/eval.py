@@ -269,7 +269,7 @@ def text(**options: Any) -> None:
 @_load_options
 def all_(**options: Any) -> None:
     """VQA, captions, latency, our text tasks and, for a mixture of experts, routing: one record."""
-    tasks = ("vqa", "caption", "latency", "text")
+    tasks: tuple[str, ...] = ("vqa", "caption", "latency", "text")
     if options["model"] is not None and Path(options["model"]).is_dir():
         from nmm_serve.evals.routing import is_sparse
 
@@ -354,7 +354,8 @@ def _evaluate(tasks: tuple[str, ...], options: dict[str, Any]) -> None:
         _print_comparison([record], as_json=False)
     for task, section in record["tasks"].items():
         if section.get("answers_reused"):
-            kept = f"{section['answers_reused']:,} of {section['n']:,} answers were kept from an earlier run"
+            asked = section.get("requests", section["n"])  # a text task asks several times an item
+            kept = f"{section['answers_reused']:,} of {asked:,} answers were kept from an earlier run"
             note(f"{task}: {kept}; delete {out.parent / FOLDER} to ask again")
     note(f"Record written to {out}")
     _raise_failures(record, out)
@@ -367,7 +368,7 @@ def _raise_failures(record: dict[str, Any], out: Path) -> None:
     if failed:
         more = f"\n  and {len(failed) - _SHOWN_FAILURES} more, all in {out}" if len(failed) > _SHOWN_FAILURES else ""
         shown = "\n  ".join(failed[:_SHOWN_FAILURES])
-        raise ItemsFailed(f"items failed, so their tasks have no score:\n  {shown}{more}")
+        raise ItemsFailed(f"items or tasks failed, so these tasks have no score:\n  {shown}{more}")
 
 
 def _readings(data: Path, split: str, limit: int | None) -> tuple[list[Any], int]:

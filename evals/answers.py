@@ -1,24 +1,25 @@
 """Answers kept on disk as they come: a killed evaluation goes on where it was, a repeated one asks nothing twice.
 
-One JSON line an item, in `answers/TASK-IDENTITY.jsonl` beside the record. The key of a line is a hash of everything
-that an answer hangs on: the checkpoint's files (weights, config, tokenizer, processor, chat template), the engine with
-its versions and type, the task and its version, the prompt, the decoding, the seed, and the bytes of the image.
-Delete the file to ask everything again.
+One JSON line a request, in `answers/TASK-IDENTITY.jsonl` beside the record: an `Output` or a `Score`. The key of a line
+is a hash of everything that an answer hangs on: the checkpoint's files (weights, config, tokenizer, processor, chat
+template), the engine with its versions and type, the task and its version, the kind and the whole content of the
+request (prompt, decoding, images), and the seed. Delete the file to ask everything again.
 """
 
 import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from nmm_serve import __version__
 from nmm_serve.chat import CHAT_TEMPLATE
-from nmm_serve.engines.base import Engine, Output, SamplingParams
-from nmm_serve.errors import DataError
+from nmm_serve.engines.base import Engine, Output, Request, Score, ScoreRequest
+from nmm_serve.errors import DataError, ImageError, NMMError
+from nmm_serve.images import load_image
 
 FOLDER = "answers"
 _SPEED_ONLY = frozenset({
@@ -27,7 +28,14 @@ _SPEED_ONLY = frozenset({
 })  # fmt: skip
 """What engines tell of themselves that makes them faster or slower only. Anything not listed is part of the key."""
 _NOT_THE_MODEL = frozenset({"run.json", "README.md"})
-_KEPT_FIELDS = ("text", "finish_reason", "num_prompt_tokens", "num_tokens")
+_KEPT_FIELDS: dict[type, tuple[str, ...]] = {
+    Output: ("text", "finish_reason", "num_prompt_tokens", "num_tokens"),
+    Score: ("logprob", "is_greedy", "num_tokens"),
+}
+_TYPES: dict[str, Any] = {"text": str, "finish_reason": str, "logprob": (int, float), "is_greedy": bool}
+"""Of their fields; the others are integers."""
+
+Answer = Output | Score
 
 
 def identity(engine: Engine, seed: int) -> dict[str, Any] | None:
@@ -59,8 +67,8 @@ class Answers:
         """Raises DataError when another evaluation is writing the same file, OSError when it cannot be written."""
         self._base = {"task": task, "version": version, "model": model}
         self._task = task
-        self._image_digests: dict[Path, str | None] = {}
-        self._kept: dict[str, dict[str, Any]] = {}
+        self._file_digests: dict[Path, str] = {}
+        self._kept: dict[str, Answer] = {}
         self._file: BinaryIO | None = None
         self.path: Path | None = None
         self.reused = 0
@@ -96,46 +104,96 @@ class Answers:
         for line in payload[:whole].split(b"\n"):
             try:
                 kept = json.loads(line)
-                key, output = kept["key"], kept["output"]
-                if isinstance(key, str) and set(output) == set(_KEPT_FIELDS) and isinstance(output["text"], str):
-                    self._kept[key] = output
+                if isinstance(kept["key"], str):
+                    self._kept[kept["key"]] = _answer(kept["output"])
             except (ValueError, TypeError, KeyError):
                 continue
 
-    def key(self, text: str, image: Path, sampling: SamplingParams) -> str | None:
-        """The key of one item; None when nothing is kept, or when the image cannot be read, which the asking tells."""
+    def key(self, kind: str, content: Mapping[str, Any], images: Sequence[Any] = ()) -> str | None:
+        """The key of one request of a kind (`generate`, `loglikelihood`); None when nothing is kept, or when an image
+        cannot be read, which the asking tells.
+
+        Args:
+            content: all that the request holds beside its images: prompt, decoding.
+            images: files, whose bytes count, or what `load_image` takes, of which the pixels count.
+        """
         if self._file is None:
             return None
-        if image not in self._image_digests:
-            try:
-                self._image_digests[image] = _file_digest(image)
-            except OSError:
-                self._image_digests[image] = None
-        digest = self._image_digests[image]
-        if digest is None:
+        try:
+            digests = [self._image_digest(image) for image in images]
+        except (OSError, ImageError):
             return None
-        return _digest({**self._base, "text": text, "image": digest, "decoding": asdict(sampling)})
+        return _digest({**self._base, "kind": kind, **content, "images": digests})
 
-    def get(self, key: str | None) -> Output | None:
+    def key_of(self, request: Request | ScoreRequest, task: str, version: Any) -> str | None:
+        """The key of an engine's request, made for one of several tasks that are kept together."""
+        kind = "generate" if isinstance(request, Request) else "loglikelihood"
+        fields = {name: value for name, value in vars(request).items() if name != "images"}
+        if isinstance(request, Request):
+            fields["sampling"] = asdict(request.sampling)
+        return self.key(kind, {"subtask": task, "subtask_version": version, "request": fields}, request.images)
+
+    def _image_digest(self, image: Any) -> str:
+        if not isinstance(image, Path):
+            upright = load_image(image)
+            return hashlib.sha256(f"{upright.size} ".encode() + upright.tobytes()).hexdigest()
+        if image not in self._file_digests:
+            self._file_digests[image] = _file_digest(image)
+        return self._file_digests[image]
+
+    def complete(
+        self,
+        items: Sequence[tuple[str | None, Any]],
+        ask: Callable[[list[int]], Sequence[Any]],
+        chunk_size: int,
+        progress: Callable[[int], None],
+        order: Callable[[int], int] = lambda _: 0,
+    ) -> list[Any]:
+        """Answers in the order of `items`, which are (key, id): those that were kept, and what `ask` gives for the
+        positions of the others. It is called with `chunk_size` of them, sorted by `order`, and what it gives is on disk
+        before it is called again. `progress` is told of those that were kept.
+        """
+        answers: list[Any] = [self.get(key) for key, _ in items]
+        waiting = sorted((i for i, answer in enumerate(answers) if answer is None), key=order)
+        progress(len(items) - len(waiting))
+        for start in range(0, len(waiting), chunk_size):
+            chunk = waiting[start : start + chunk_size]
+            for i, answer in zip(chunk, ask(chunk), strict=True):
+                answers[i] = answer
+            self.add([(*items[i], answers[i]) for i in chunk])
+        return answers
+
+    def get(self, key: str | None) -> Answer | None:
         """The kept answer, without its timing."""
         if key is None or key not in self._kept:
             return None
         self.reused += 1
-        return Output(**self._kept[key])
+        return self._kept[key]
 
-    def add(self, answered: list[tuple[str | None, Any, Output]]) -> None:
-        """Keep (key, id, output) of each item. A failed item is not kept, so that the next run asks it again."""
+    def add(self, answered: Iterable[tuple[str | None, Any, Answer | NMMError]]) -> None:
+        """Keep (key, id, answer) of each item. A failed item is not kept, so that the next run asks it again."""
         lines = []
-        for key, item_id, output in answered:
-            if key is not None and output.error is None and key not in self._kept:
-                fields = {name: getattr(output, name) for name in _KEPT_FIELDS}
-                self._kept[key] = fields
-                line = {"key": key, "task": self._task, "id": item_id, "output": fields}
-                lines.append(json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+        for key, item_id, answer in answered:
+            if key is None or key in self._kept or isinstance(answer, NMMError):
+                continue
+            if isinstance(answer, Output) and answer.error is not None:
+                continue
+            fields = {name: getattr(answer, name) for name in _KEPT_FIELDS[type(answer)]}
+            self._kept[key] = type(answer)(**fields)
+            line = {"key": key, "task": self._task, "id": item_id, "output": fields}
+            lines.append(json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
         if lines and self._file is not None:
             self._file.write(b"".join(lines))
             self._file.flush()
             os.fsync(self._file.fileno())
+
+
+def _answer(fields: dict[str, Any]) -> Answer:
+    """Raises TypeError or ValueError for what is no answer."""
+    for kind, names in _KEPT_FIELDS.items():
+        if set(fields) == set(names) and all(isinstance(fields[name], _TYPES.get(name, int)) for name in names):
+            return kind(**fields)
+    raise ValueError("neither an Output nor a Score")
 
 
 def _file_digest(path: Path) -> str:

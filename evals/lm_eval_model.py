@@ -8,9 +8,10 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 # lm-eval fills its registry of models only while that is empty: with ours in it first, `hf` and all others are unknown
@@ -23,9 +24,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from nmm_serve.chat import CHAT_TEMPLATE
 from nmm_serve.engines import open_engine
-from nmm_serve.engines.base import Engine, Request, SamplingParams, Score, ScoreRequest
+from nmm_serve.engines.base import Engine, Output, Request, SamplingParams, Score, ScoreRequest
 from nmm_serve.engines.openai import OpenAIEngine
 from nmm_serve.errors import ConfigError, EngineError, ImageError, NMMError, PromptError
+from nmm_serve.evals.answers import Answers
 from nmm_serve.evals.lm_eval_prompts import ChatContext, Ids, chat_messages, prompts_for
 from nmm_serve.evals.records import describe_model
 
@@ -68,6 +70,9 @@ class NMM(TemplateLM):
         seed: of requests that sample.
         failures: where items that failed are listed. Their answers are then NaN or empty, which must not be scored.
             Without a list, the first one raises.
+        kept: answers of an earlier run, which are not asked again, and where new ones go. None: nothing is kept.
+        versions: of the tasks, by name; kept answers of another version do not count.
+        chunk_size: requests handed to the engine in one call; a kill loses no more than these.
 
     Raises EngineError, ConfigError or CheckpointError for a model that cannot be opened.
     """
@@ -85,18 +90,26 @@ class NMM(TemplateLM):
         seed: int = 0,
         failures: list[Failure] | None = None,
         start_task: StartTask = _no_progress,
+        kept: Answers | None = None,
+        versions: Mapping[str, Any] | None = None,
+        chunk_size: int = CHUNK,
         **options: Any,
     ) -> None:
         super().__init__()
         if isinstance(model, str):
             if engine is None or engine == "torch":
-                options |= {"batch_size": int(batch_size)} if str(batch_size).isdigit() else {}
+                if batch_size is not None and str(batch_size).isdigit():
+                    options["batch_size"] = int(batch_size)
                 options |= {"device": device} if device else {}
             model = open_engine(model, engine, **options)
         self.engine = model
         self.seed = seed
         self.failures = failures
         self.start_task = start_task
+        self.kept = kept or Answers(Path(), "text", 0, None)
+        self.versions, self.chunk_size = versions or {}, chunk_size
+        self.requests = 0
+        """Asked, or found among the kept ones."""
         self.prompts = prompts_for(model)
         self.truncated: dict[str, set[int]] = defaultdict(set)
         processor = getattr(model, "processor", None)
@@ -160,7 +173,8 @@ class NMM(TemplateLM):
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_kwargs: Any
     ) -> list[tuple[float, bool]]:
         asked = [self._score_request(context, target) for _, context, target in requests]
-        return [(s.logprob, s.is_greedy) for s in map(_value, self._scores(asked, lambda _: None))]
+        scores = self._scores(asked, [None] * len(asked), lambda _: None)
+        return [(s.logprob, s.is_greedy) for s in map(_value, scores)]
 
     @property
     def tokenizer_name(self) -> str:
@@ -199,7 +213,7 @@ class NMM(TemplateLM):
                 pair if isinstance(pair, NMMError) else self._score_request(*pair, request)
                 for pair, request in zip(pairs, requests, strict=True)
             ]
-        scores = self._scores(asked, self.start_task("text: likelihoods", len(requests)))
+        scores = self._scores(asked, requests, self.start_task("text: likelihoods", len(requests)))
         return [
             self._answer("loglikelihood", request, score, lambda s: (s.logprob, s.is_greedy), (math.nan, False))
             for request, score in zip(requests, scores, strict=True)
@@ -222,7 +236,8 @@ class NMM(TemplateLM):
             for window in windows:
                 asked.append(window if isinstance(window, NMMError) else self._score_request(*window))
                 owners.append(owner)
-        scores = self._scores(asked, self.start_task("text: documents", len(asked)))
+        windows_of = [requests[owner] for owner in owners]
+        scores = self._scores(asked, windows_of, self.start_task("text: documents", len(asked)))
         sums: list[float | NMMError] = [0.0] * len(requests)
         for owner, score in zip(owners, scores, strict=True):
             before = sums[owner]
@@ -253,19 +268,19 @@ class NMM(TemplateLM):
             self.truncated[str(request.task_name)].add(int(request.doc_id or 0))
 
     def _scores(
-        self, asked: Sequence[ScoreRequest | NMMError], progress: Callable[[int], None]
+        self,
+        asked: Sequence[ScoreRequest | NMMError],
+        owners: Sequence[Instance | None],
+        progress: Callable[[int], None],
     ) -> list[Score | NMMError]:
         """Scores in order, asked for longest first so that a batch holds texts of a length."""
-        results: list[Any] = list(asked)
-        order = [i for i, request in enumerate(asked) if isinstance(request, ScoreRequest)]
-        order.sort(key=lambda i: -len(results[i].context) - len(results[i].continuation))
-        progress(len(asked) - len(order))
-        for start in range(0, len(order), CHUNK):
-            chunk = order[start : start + CHUNK]
-            for i, score in zip(chunk, self._score_chunk([results[i] for i in chunk]), strict=True):
-                results[i] = score
-            progress(len(chunk))
-        return results
+
+        def ask(requests: list[ScoreRequest]) -> list[Score | NMMError]:
+            scores = self._score_chunk(requests)
+            progress(len(requests))
+            return scores
+
+        return self._ask(asked, owners, ask, progress, order=lambda r: -len(r.context) - len(r.continuation))
 
     def _score_chunk(self, requests: list[ScoreRequest]) -> list[Score | NMMError]:
         """One bad prompt or image fails alone. An engine that is broken ends the evaluation (EngineError)."""
@@ -293,10 +308,10 @@ class NMM(TemplateLM):
             for request, prompt, sampling in zip(requests, prompts, sampled, strict=True)
         ]
         progress = self.start_task("text: answers", len(requests))
-        answers: list[str | NMMError] = []
-        for request, answer in zip(requests, self._generate(asked, progress), strict=True):
-            answers.append(self._answer("generate_until", request, answer, lambda text: text, ""))
-        return answers  # type: ignore[return-value]
+        answers: list[str] = []
+        for request, output in zip(requests, self._outputs(asked, requests, progress), strict=True):
+            answers.append(self._answer("generate_until", request, output, lambda o: o.text, ""))
+        return answers
 
     def _as_messages(self, request: Instance) -> bool:
         """A server knows its own chat template, and takes images in messages only."""
@@ -329,22 +344,17 @@ class NMM(TemplateLM):
                 self._count_truncation(request)
         return Request(prompt=prompt, images=images, sampling=sampling)
 
-    def _generate(
-        self, asked: Sequence[Request | NMMError], progress: Callable[[int], None]
-    ) -> Iterator[str | NMMError]:
-        good = [request for request in asked if isinstance(request, Request)]
-        progress(len(asked) - len(good))
-        outputs = (
-            output
-            for start in range(0, len(good), CHUNK)
-            for output in self.engine.generate(good[start : start + CHUNK], progress)
-        )
-        for request in asked:
-            if isinstance(request, NMMError):
-                yield request
-                continue
-            output = next(outputs)
-            yield output.text if output.error is None else PromptError(output.error)
+    def _outputs(
+        self,
+        asked: Sequence[Request | NMMError],
+        owners: Sequence[Instance],
+        progress: Callable[[int], None],
+    ) -> list[Output | NMMError]:
+        def ask(requests: list[Request]) -> list[Output | NMMError]:
+            outputs = self.engine.generate(requests, progress)
+            return [output if output.error is None else PromptError(output.error) for output in outputs]
+
+        return self._ask(asked, owners, ask, progress)
 
     def sampling(self, gen_kwargs: dict[str, Any], position: int) -> SamplingParams:
         """Raises ConfigError for an option that no engine has: leaving it out would change the task."""
@@ -374,6 +384,36 @@ class NMM(TemplateLM):
         )
 
     # ---- answers and failures
+
+    def _ask(
+        self,
+        asked: Sequence[Any],
+        owners: Sequence[Instance | None],
+        ask: Callable[[list[Any]], Sequence[Any]],
+        progress: Callable[[int], None],
+        order: Callable[[Any], int] = lambda _: 0,
+    ) -> list[Any]:
+        """Answers in order of requests, or errors, which stand for themselves. `owners`: lm-eval's request that each
+        was made for; `order` sorts what is asked."""
+        results = list(asked)
+        good = [i for i, request in enumerate(asked) if not isinstance(request, NMMError)]
+        self.requests += len(good)
+        progress(len(asked) - len(good))
+        answers = self.kept.complete(
+            [self._keyed(asked[i], owners[i]) for i in good],
+            lambda chunk: ask([asked[good[k]] for k in chunk]),
+            self.chunk_size, progress, lambda k: order(asked[good[k]]),
+        )  # fmt: skip
+        for i, answer in zip(good, answers, strict=True):
+            results[i] = answer
+        return results
+
+    def _keyed(self, request: Request | ScoreRequest, owner: Instance | None) -> tuple[str | None, str | None]:
+        """Key and id."""
+        if owner is None:
+            return None, None
+        task = str(owner.task_name)
+        return self.kept.key_of(request, task, self.versions.get(task)), f"{task}/{owner.doc_id}"
 
     def _answer(self, kind: str, request: Instance, answer: Any, value: Callable[[Any], Any], without: Any) -> Any:
         if isinstance(answer, NMMError):

@@ -129,10 +129,12 @@ class LocalPrompts:
         return made
 
     def _pair(self, parts: list[Part], continuation: str) -> tuple[Ids, Ids]:
-        tail = parts.pop() if type(parts[-1]) is str else ""
+        last = parts[-1]
+        tail = last if type(last) is str else ""
+        before = parts[:-1] if type(last) is str else parts
         kept = tail.rstrip()
-        context_ids = self.encoder.parts_to_ids([*parts, kept] if kept else parts)
-        whole_ids = self.encoder.parts_to_ids([*parts, tail + continuation])
+        context_ids = self.encoder.parts_to_ids([*before, kept] if kept else before)
+        whole_ids = self.encoder.parts_to_ids([*before, tail + continuation])
         return context_ids, whole_ids[len(context_ids) :]
 
     def texts(self, texts: Sequence[str]) -> list[Ids]:

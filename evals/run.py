@@ -6,17 +6,16 @@ the numbers over the items that did come back stand under `answered_only`, which
 Answers are kept on disk as they come (`evals/answers.py`): a run that was killed goes on when it is started again.
 """
 
-import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nmm_serve.engines import default_engine, open_engine
 from nmm_serve.engines.base import Engine, Output, Request, SamplingParams
-from nmm_serve.errors import ImageError
+from nmm_serve.errors import ImageError, NMMError
 from nmm_serve.evals import caption, latency, text, vqa
 from nmm_serve.evals.answers import Answers, identity
 from nmm_serve.evals.datasets import CaptionSet, Files, Id, Question, VQASet, load_captions, load_vqa
@@ -30,7 +29,7 @@ VQA_PROMPT = "{question}"
 CAPTION_PROMPT = "Describe the image."
 VQA_MAX_TOKENS = 16
 CAPTION_MAX_TOKENS = 64
-VQA_VERSION = CAPTION_VERSION = 1
+VQA_VERSION = CAPTION_VERSION = TEXT_VERSION = 1
 """Raised with a change in how a task asks that prompt and decoding do not show: kept answers are then asked again."""
 _AT_ONCE = {"torch": "batch_size", "onnx": "batch_size", "vllm": "max_num_seqs", "openai": "concurrency"}
 """What each engine calls the number of requests that it runs at once."""
@@ -120,38 +119,79 @@ def evaluate(
     """Run the tasks, write the record to `options.out` and return it. `measured`: sections that are there already;
     `startup_s`: how long opening the engine took.
 
-    A request that fails does not raise but is counted and named in the record.
+    A request that fails does not raise but is counted and named in the record. When a task breaks off, what was
+    finished before it is written, and the record names under `unfinished` that task with the reason, and those after
+    it. Raises that error (EngineError, DataError, ...) when nothing was finished.
     """
     record = new_record(engine, name=options.name, seed=options.seed)
     items: list[dict[str, Any]] = []
-    folder, who = options.out.parent, identity(engine, options.seed)
-    if data.vqa is not None:
-        with Answers(folder, "vqa", VQA_VERSION, who) as kept:
-            record["tasks"]["vqa"] = _run_vqa(engine, data.vqa, options, kept, items, start_task)
-    if data.captions is not None:
-        with Answers(folder, "caption", CAPTION_VERSION, who) as kept:
-            record["tasks"]["caption"] = _run_caption(engine, data.captions, options, kept, items, start_task)
-    if data.latency_images:
-        progress = start_task("latency", options.load.total)
-        section = latency.measure(
-            engine, data.latency_images, options.load, progress=progress, seed=options.seed, startup_s=startup_s
-        )
-        record["tasks"]["latency"] = section
-    if data.text is not None:
-        record["tasks"]["text"] = text.run(
-            engine, data.text, options.text, name=record["model"]["name"], limit=options.limit, seed=options.seed,
-            items=items, start_task=start_task,
-        )  # fmt: skip
+    record["unfinished"] = {}
+    steps = _steps(engine, data, options, items, start_task, startup_s, record["model"]["name"])
+    for position, (task, step) in enumerate(steps.items()):
+        before = len(items)
+        try:
+            record["tasks"][task] = step()
+        except NMMError as error:
+            if not record["tasks"] and not measured:
+                raise
+            del items[before:]
+            later = dict.fromkeys(list(steps)[position + 1 :], f"not begun, since {task} broke off")
+            record["unfinished"] = {task: str(error), **later}
+            break
     record["tasks"] |= measured or {}
-    record["final"] = all(section.get("complete", True) for section in record["tasks"].values())
+    complete = all(section.get("complete", True) for section in record["tasks"].values())
+    record["final"] = complete and not record["unfinished"]
     record["samples"] = _samples(items)
     write_record(record, items, options.out)
     return record
 
 
+def _steps(
+    engine: Engine,
+    data: Data,
+    options: Options,
+    items: list[dict[str, Any]],
+    start_task: StartTask,
+    startup_s: float | None,
+    name: str,
+) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What makes each task's section, in the order in which they run."""
+    folder, who = options.out.parent, identity(engine, options.seed)
+
+    def run_vqa(questions: VQASet) -> dict[str, Any]:
+        with Answers(folder, "vqa", VQA_VERSION, who) as kept:
+            return _run_vqa(engine, questions, options, kept, items, start_task)
+
+    def run_caption(images: CaptionSet) -> dict[str, Any]:
+        with Answers(folder, "caption", CAPTION_VERSION, who) as kept:
+            return _run_caption(engine, images, options, kept, items, start_task)
+
+    def run_latency(images: tuple[Path, ...]) -> dict[str, Any]:
+        load, progress = options.load, start_task("latency", options.load.total)
+        return latency.measure(engine, images, load, progress=progress, seed=options.seed, startup_s=startup_s)
+
+    def run_text(tasks: TextTasks) -> dict[str, Any]:
+        with Answers(folder, "text", TEXT_VERSION, who) as kept:
+            return text.run(
+                engine, tasks, options.text, name=name, limit=options.limit, seed=options.seed, kept=kept,
+                chunk_size=options.chunk, items=items, start_task=start_task,
+            )  # fmt: skip
+
+    steps: dict[str, Callable[[], dict[str, Any]]] = {}
+    if data.vqa is not None:
+        steps["vqa"] = partial(run_vqa, data.vqa)
+    if data.captions is not None:
+        steps["caption"] = partial(run_caption, data.captions)
+    if data.latency_images:
+        steps["latency"] = partial(run_latency, data.latency_images)
+    if data.text is not None:
+        steps["text"] = partial(run_text, data.text)
+    return steps
+
+
 def failures(record: Record) -> list[str]:
-    """One line per failed item of the record, naming it."""
-    lines = []
+    """One line per failed item of the record, and per task that was not finished, naming it."""
+    lines = [f"{task}: not finished: {reason}" for task, reason in record.get("unfinished", {}).items()]
     for task, section in record["tasks"].items():
         for error in section.get("errors", ()):
             lines.append(f"{task}: {error['id']}: {error['error']}")
@@ -194,21 +234,15 @@ def ask(
     that cannot be read becomes a failed answer like a request that failed in the engine.
     """
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
-    answers: dict[Id, Output] = {}
-    open_samples: list[tuple[str | None, Sample]] = []
-    for sample in samples:
-        key = kept.key(sample[2], sample[1], sampling)
-        answer = kept.get(key)
-        if answer is None:
-            open_samples.append((key, sample))
-        else:
-            answers[sample[0]] = answer
-    progress(len(answers))
-    for chunk in _chunks(open_samples, chunk_size):
-        outputs = _answer_chunk(engine, [sample for _, sample in chunk], sampling, progress)
-        kept.add([(key, sample[0], output) for (key, sample), output in zip(chunk, outputs, strict=True)])
-        answers |= {sample[0]: output for (_, sample), output in zip(chunk, outputs, strict=True)}
-    return answers
+    asked = {"decoding": asdict(sampling)}
+    items = [(kept.key("generate", asked | {"text": words}, [image]), item_id) for item_id, image, words in samples]
+    answers = kept.complete(
+        items,
+        lambda chunk: _answer_chunk(engine, [samples[i] for i in chunk], sampling, progress),
+        chunk_size,
+        progress,
+    )
+    return {item_id: answer for (_, item_id), answer in zip(items, answers, strict=True)}
 
 
 def _answer_chunk(
@@ -227,12 +261,6 @@ def _answer_chunk(
     progress(len(unreadable))
     outputs = iter(engine.generate(requests, progress) if requests else [])
     return [unreadable[position] if position in unreadable else next(outputs) for position in range(len(chunk))]
-
-
-def _chunks(samples: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    rest = iter(samples)
-    while chunk := list(itertools.islice(rest, size)):
-        yield chunk
 
 
 def _run_vqa(

@@ -70,6 +70,8 @@ def remarks(records: Sequence[Record]) -> list[str]:
     lines = []
     for record in records:
         name = record["model"]["name"]
+        for task, reason in record.get("unfinished", {}).items():
+            lines.append(f"{name}: {task}: not finished: {reason}")
         for task, section in record["tasks"].items():
             if not section.get("complete", True):
                 lines.append(f"{name}: {task}: not final, evaluated on part of the data (--limit)")

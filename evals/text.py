@@ -21,6 +21,7 @@ import numpy as np
 
 from nmm_serve.engines.base import Engine
 from nmm_serve.errors import ConfigError, DataError, EngineError, NMMError, unknown_name
+from nmm_serve.evals.answers import Answers
 from nmm_serve.evals.stats import Interval, bootstrap, mean_interval, percentile_interval
 
 SHIPPED = Path(__file__).parent / "text_tasks"
@@ -216,10 +217,15 @@ def run(
     name: str,
     limit: int | None,
     seed: int,
+    kept: Answers,
+    chunk_size: int,
     items: list[dict[str, Any]],
     start_task: StartTask,
 ) -> dict[str, Any]:
     """Evaluate and give the record's section; one entry a document is added to `items`.
+
+    What `kept` holds from an earlier run is not asked again; new answers are on disk before the next `chunk_size` are
+    asked.
 
     Raises EngineError when the engine breaks or cannot do what a task needs, OSError when results cannot be saved.
     """
@@ -228,7 +234,11 @@ def run(
 
     failures: list[Failure] = []
     with _lm_eval(describe_machine=options.output_dir is not None) as lm_eval:
-        model = NMM(engine, seed=seed, failures=failures, start_task=start_task)
+        versions = {task_name: task.VERSION for task_name, task in tasks.loaded["tasks"].items()}
+        model = NMM(
+            engine, seed=seed, failures=failures, start_task=start_task, kept=kept, versions=versions,
+            chunk_size=chunk_size,
+        )  # fmt: skip
         left_out = _impossible(model, tasks, options)
         folder = ResultsFolder(options.output_dir, name, engine) if options.output_dir else None
         results = lm_eval.simple_evaluate(
@@ -331,6 +341,8 @@ def _section(
         "complete": all(task["n"] == task["n_total"] for task in described.values()),
         "n": sum(task["n"] for task in described.values()),
         "n_total": sum(task["n_total"] for task in described.values()),
+        "requests": model.requests,
+        "answers_reused": model.kept.reused,
         "failed": len(errors),
         "errors": errors,
         "tasks": described,

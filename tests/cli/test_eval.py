@@ -13,6 +13,7 @@ pytest.importorskip("pycocoevalcap", reason="needs the extra `evals`")
 
 import nmm_serve.evals.run
 from nmm_serve.cli.eval import main
+from nmm_serve.errors import EngineError
 from nmm_serve.evals import caption
 from nmm_serve.evals.tokenizer import FallbackTokenizer
 
@@ -69,6 +70,22 @@ def test_all_is_one_record_from_one_engine(data, engine, tmp_path):
     assert set(tasks["text"]["left_out"]) == {"nmm_perplexity"}
     assert "nmm_perplexity left out" in result.stderr
     assert 0 < tasks["text"]["tasks"]["nmm_story"]["metrics"]["acc"] < 1
+
+
+def test_all_keeps_what_was_finished_when_the_engine_breaks(data, monkeypatch, tmp_path):
+    class Broken(FakeEngine):
+        def loglikelihood(self, requests, progress=None):
+            raise EngineError("the engine died")
+
+    monkeypatch.setattr(nmm_serve.evals.run, "open_engine", lambda model, *_args, **_options: Broken(oracle, model))
+    result = run("all", "--model", "m", "--data", data, "-o", "all.json", *QUICK)
+    assert result.exit_code == 1
+    assert "text: not finished: the engine died" in result.stderr.splitlines()[-1]
+    record = json.loads((tmp_path / "all.json").read_text())
+    assert list(record["tasks"]) == ["vqa", "caption", "latency"]
+    assert record["tasks"]["vqa"]["accuracy"] == 100
+    assert record["unfinished"] == {"text": "the engine died"}
+    assert record["final"] is False
 
 
 def test_text_prints_its_scores_and_writes_results(data, engine, tmp_path):
