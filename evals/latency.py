@@ -12,7 +12,7 @@ arrive when a Poisson process says so (`evals/lab/arrivals.py`).
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -102,7 +102,7 @@ class Load:
             if name not in SWEEPS or not values:
                 raise ConfigError(f"latency sweep {name!r} = {values}; expected values for one of {', '.join(SWEEPS)}")
             for value in values:
-                replace(self.workload, **{SWEEPS[name]: value})
+                self.workload.with_value(SWEEPS[name], value)
         for name, limit in self.slo:
             if name not in SLO_METRICS or not 0 < limit < math.inf:
                 raise ConfigError(f"SLO {name!r} = {limit}; expected a limit over 0 for {', '.join(SLO_METRICS)}")
@@ -117,7 +117,7 @@ class Load:
     def shapes(self) -> list[tuple[str, Workload]]:
         """The cells of the sweep: what varies, and the request."""
         return [
-            (name, replace(self.workload, **{SWEEPS[name]: value})) for name, values in self.sweep for value in values
+            (name, self.workload.with_value(SWEEPS[name], value)) for name, values in self.sweep for value in values
         ]
 
     @property

@@ -96,7 +96,7 @@ def interleave(
     """Measure one cell: summaries of every model, and ratios to the first."""
     outputs: dict[str, list[Output]] = {model.name: [] for model in models}
     walls = dict.fromkeys(outputs, 0.0)
-    warmup = {name: {"requests": 0, "failed": 0, "first_e2e_s": None} for name in outputs}
+    warmup: dict[str, dict[str, Any]] = {name: {"requests": 0, "failed": 0, "first_e2e_s": None} for name in outputs}
     for round_ in range(-load.warmup, load.waves(cell.concurrency)):
         wave = [next(numbers) for _ in range(cell.concurrency)]
         for model in models:

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,11 @@ class Workload:
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise ConfigError(f"latency {name} is {value}; expected at least {lowest}")
+
+    def with_value(self, field: str, value: int) -> "Workload":
+        """The same with one number changed."""
+        changed: dict[str, Any] = {field: value}
+        return replace(self, **changed)
 
     def request(self, pictures: "Pictures", index: int) -> Request:
         """Request number `index`; no two of different numbers share an image, or the beginning of a prompt."""
