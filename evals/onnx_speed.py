@@ -6,6 +6,7 @@ within a round. Weights are random: they do not change the time.
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +124,8 @@ def measure(
             key, variant = list(variants.items())[index]
             ids = random.integers(10, 300, prompt_tokens + new_tokens).tolist()
             time.sleep(SETTLE_S)
-            prefill_s = timed(lambda v=variant, ids=ids: v.prefill(ids[:prompt_tokens]))
-            decode_s = timed(lambda v=variant, ids=ids: [v.decode(token) for token in ids[prompt_tokens:]])
+            prefill_s = timed(partial(variant.prefill, ids[:prompt_tokens]))
+            decode_s = timed(partial(_decode_all, variant, ids[prompt_tokens:]))
             if number:
                 times["prefill"].setdefault(key, []).append(prompt_tokens / prefill_s)
                 times["decode"].setdefault(key, []).append(new_tokens / decode_s)
@@ -160,6 +161,11 @@ def measure(
         "read_gib_per_s": summary(np.array(reading)),
         "variants": rows,
     }
+
+
+def _decode_all(variant: Any, ids: list[int]) -> None:
+    for token in ids:
+        variant.decode(token)
 
 
 def timed(step: Step) -> float:

@@ -31,7 +31,7 @@ def per_block(weight_OI: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]
     index = np.abs(block_ONB).argmax(-1)[..., None]
     scale_ON = _not_zero(np.take_along_axis(block_ONB, index, -1)[..., 0] / -zero_point).astype(np.float32)
     rounded_ONB = np.round(block_ONB / scale_ON[..., None]) + zero_point
-    code_ONB = rounded_ONB.clip(0, 2 * zero_point - 1).astype(np.uint8)
+    code_ONB: np.ndarray = rounded_ONB.clip(0, 2 * zero_point - 1).astype(np.uint8)
     if bits == 4:
         code_ONB = code_ONB[..., 0::2] | (code_ONB[..., 1::2] << 4)
     return code_ONB, scale_ON

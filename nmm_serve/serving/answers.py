@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -118,7 +118,7 @@ class Answer:
     def final_text(self, job: Job) -> str:
         return job.decoding.output(len(job.prompt.input_ids), 0.0).text
 
-    async def pieces(self) -> AsyncIterator[str]:
+    async def pieces(self) -> AsyncGenerator[str, None]:
         """The answer as server-sent events. A failure half-way is an event of its own."""
         streams = [TextStream(self.encoder.tokenizer, self.asked.sampling.stop) for _ in self.jobs]
         if self.asked.chat:

@@ -142,6 +142,13 @@ async def guarded(answer: Answer):
 
 def build_app(endpoints: Endpoints, api_key: str | None) -> Any:
     """The ASGI application, behind the same gate as vLLM's server: key on every path, body size before reading."""
+    handlers: dict[Any, Any] = {  # each takes its own kind of exception, which starlette's types do not know
+        BadRequest: _bad_request,
+        HTTPException: _http_error,
+        ServerFailure: _failure,
+        ClientDisconnect: _left,
+        Exception: _unexpected,
+    }
     app = Starlette(
         routes=[
             Route("/health", endpoints.health),
@@ -151,13 +158,7 @@ def build_app(endpoints: Endpoints, api_key: str | None) -> Any:
             Route("/v1/completions", endpoints.completions, methods=["POST"]),
             Route("/tokenize", endpoints.tokenize, methods=["POST"]),
         ],
-        exception_handlers={
-            BadRequest: _bad_request,
-            HTTPException: _http_error,
-            ServerFailure: _failure,
-            ClientDisconnect: _left,
-            Exception: _unexpected,
-        },
+        exception_handlers=handlers,
     )
     return Gate(app, api_key)
 

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from PIL import Image
@@ -178,10 +179,11 @@ def read_chat(fields: Fields, encoder: PromptEncoder, manifest: Manifest) -> Ask
 def read_completion(fields: Fields, encoder: PromptEncoder, manifest: Manifest) -> Asked:
     """The body of /v1/completions. Raises BadRequest."""
     check_names(fields, (*OURS, *SAMPLING, "prompt", "prompt_logprobs"))
-    prompts = [
-        encode(lambda p=p: encoder.prompt_of_ids(p if isinstance(p, list) else encoder.encode_marked(p)), "prompt")
-        for p in read_prompts(fields.get("prompt"), manifest)
-    ]
+
+    def read(given: str | list[int]) -> Prompt:
+        return encoder.prompt_of_ids(given if isinstance(given, list) else encoder.encode_marked(given))
+
+    prompts = [encode(partial(read, given), "prompt") for given in read_prompts(fields.get("prompt"), manifest)]
     for prompt in prompts:
         room_for(prompt, manifest, "prompt")
     most = whole(fields, "max_tokens", DEFAULT_MAX_TOKENS, 1, 2**31)

@@ -55,6 +55,8 @@ def serve(
     metrics.watch(scheduler)
     name = Path(model).resolve().name
 
+    endpoints: Any = None
+
     class Server(uvicorn.Server):
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
@@ -76,7 +78,6 @@ def serve(
         )  # fmt: skip
         await Server(config).serve()
 
-    endpoints: Any = None
     # uvicorn gives the signal on when it is done; it has been obeyed then
     before = [(number, signal.signal(number, lambda *_: None)) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
