@@ -28,7 +28,7 @@ def export(checkpoint: str | Path, out: str | Path, quantization: Quantization =
 
     Raises:
         CheckpointError: `checkpoint` is not one of our checkpoints.
-        ConfigError: an unknown quantisation, hard routing, or `out` is something else than an earlier export.
+        ConfigError: an unknown quantisation, or `out` is something else than an earlier export.
         EngineError: onnx or onnxruntime is missing, or the exported model differs from torch; nothing is written then.
     """
     if quantization not in QUANTIZATIONS:
@@ -50,11 +50,6 @@ def export(checkpoint: str | Path, out: str | Path, quantization: Quantization =
 
     processor = load_processor(checkpoint)
     model = load_model(checkpoint, torch.float32)
-    if model.config.router != "learned":
-        raise ConfigError(
-            f"{checkpoint} has router {model.config.router!r}, which the exported graph cannot express; "
-            "use the torch engine"
-        )
     weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     fields = described(model.config, quantization) | {
         "checkpoint_sha256": checkpoint_hash(checkpoint),

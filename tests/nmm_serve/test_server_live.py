@@ -307,22 +307,6 @@ def test_a_flag_that_vllm_does_not_know(live):
     assert "Traceback" not in done.stderr
 
 
-def test_sigterm_lets_running_answers_end_and_exits_cleanly(live):
-    """Ends the server, so nothing can come after it."""
-    answers = []
-    thread = threading.Thread(
-        target=lambda: answers.append(live.chat(text("what"), max_tokens=400, extra_body={"ignore_eos": True}))
-    )
-    thread.start()
-    time.sleep(0.5)
-    live.process.terminate()
-    thread.join(timeout=60)
-    assert answers[0].usage.completion_tokens == 400
-    assert live.process.wait(timeout=60) == 0
-    with pytest.raises(urllib.error.URLError):
-        live.get("/health")
-
-
 def test_text_tasks_score_as_on_the_torch_engine(live, oracle):
     """Through lm-eval's model: tokens over the boundary, texts beyond the context, whole documents, chats."""
     pytest.importorskip("lm_eval", reason="needs the extra `evals`")
@@ -349,3 +333,19 @@ def test_text_tasks_score_as_on_the_torch_engine(live, oracle):
         for m in (served, local)
     ]
     assert [a.rstrip("\ufffd") for a in answers[0]] == [a.rstrip("\ufffd") for a in answers[1]]
+
+
+def test_sigterm_lets_running_answers_end_and_exits_cleanly(live):
+    """Ends the server, so nothing can come after it."""
+    answers = []
+    thread = threading.Thread(
+        target=lambda: answers.append(live.chat(text("what"), max_tokens=400, extra_body={"ignore_eos": True}))
+    )
+    thread.start()
+    time.sleep(0.5)
+    live.process.terminate()
+    thread.join(timeout=60)
+    assert answers[0].usage.completion_tokens == 400
+    assert live.process.wait(timeout=60) == 0
+    with pytest.raises(urllib.error.URLError):
+        live.get("/health")

@@ -98,7 +98,7 @@ def test_sigkill_at_any_moment(recipe, tmp_path):
         for line in process.stdout:
             if line.startswith(("saved", "done")):
                 break
-        if kills < 8:
+        if kills < 5:
             time.sleep(dice.uniform(0, 0.4))
             process.kill()
         process.stdout.close()

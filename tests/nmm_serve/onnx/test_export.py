@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from exported import checkpoint_of, exported
-from parity_checkpoint import make_parity_checkpoint
 
 pytest.importorskip("onnxruntime")
 
@@ -42,13 +41,6 @@ def test_a_model_that_differs_is_not_written(tmp_path, monkeypatch):
     with pytest.raises(EngineError, match="int4 model differs from torch"):
         export(checkpoint_of("early"), tmp_path / "out", "int4")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_hard_routing_is_refused(tmp_path):
-    checkpoint = make_parity_checkpoint(tmp_path / "checkpoint", "modality-moe")
-    with pytest.raises(ConfigError, match="router 'modality'"):
-        export(checkpoint, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_only_an_earlier_export_is_replaced(tmp_path):
