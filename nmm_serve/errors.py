@@ -1,5 +1,5 @@
-"""What a user did wrong. The commands print these as one line and exit 1 (2 for
-usage); `assert` is for our own invariants."""
+"""What a user did wrong. The commands print these as one line and exit 1, or 2 for usage; `assert` is for our own
+invariants."""
 
 import difflib
 from collections.abc import Iterable
