@@ -56,9 +56,12 @@ class RunView:
         if kind == "start":
             place = f"{event['device']}, {event['dtype']}"
             resumed = f", going on from step {event['step']}" if event["step"] else ""
+            trained, frozen = event["trained_params"], event["params"] - event["trained_params"]
             note(
                 f"{event['family']}: {event['params'] / 1e6:.2f}M parameters, "
-                f"{event['active_params'] / 1e6:.2f}M active; {place}; {event['steps']} steps{resumed}"
+                f"{event['active_params'] / 1e6:.2f}M active"
+                + (f", {trained:,} trained and the rest frozen" if frozen else "")
+                + f"; {place}; {event['steps']} steps{resumed}"
             )
             self.bars.update(self.task, completed=event["step"])
         elif kind == "train":

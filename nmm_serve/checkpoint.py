@@ -73,14 +73,14 @@ def save_checkpoint(
 
 def write_checkpoint(folder: Path, model, processor, run: dict[str, Any]) -> None:
     """The files of a checkpoint, into a folder that the caller publishes."""
-    with _no_progress_bars():
+    with no_progress_bars():
         model.save_pretrained(folder)
     processor.save_pretrained(folder)
     (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n")
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     """transformers shows a bar for each file; ours are small, and a run has a bar of its own."""
     from transformers.utils import logging
 
@@ -163,7 +163,7 @@ def load_model(
 
     config = load_config(path)
     try:
-        with _no_progress_bars():
+        with no_progress_bars():
             model, info = NMMForConditionalGeneration.from_pretrained(
                 path, config=config, dtype=dtype or "auto", local_files_only=True, use_safetensors=True,
                 output_loading_info=True,

@@ -32,14 +32,9 @@ def default_intermediate_size(hidden_size: int) -> int:
     return 256 * -(-(8 * hidden_size // 3) // 256)
 
 
-def check_shape(name: str, hidden_size: int, num_heads: int, head_dim: int) -> None:
+def check_head_dim(name: str, head_dim: int) -> None:
     if head_dim not in HEAD_DIMS:
         raise ValueError(f"{name}head_dim {head_dim} is not supported by every engine; use one of {HEAD_DIMS}")
-    if num_heads * head_dim != hidden_size:
-        raise ValueError(
-            f"{name}num_attention_heads {num_heads} x {name}head_dim {head_dim} = {num_heads * head_dim}, "
-            f"but {name}hidden_size is {hidden_size}; make them equal or leave the two out"
-        )
 
 
 @strict
@@ -66,7 +61,13 @@ class NMMVisionConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        check_shape("vision ", self.hidden_size, self.num_attention_heads, self.head_dim)
+        check_head_dim("vision ", self.head_dim)
+        if self.num_attention_heads * self.head_dim != self.hidden_size:
+            raise ValueError(
+                f"vision num_attention_heads {self.num_attention_heads} x vision head_dim {self.head_dim} = "
+                f"{self.num_attention_heads * self.head_dim}, but vision hidden_size is {self.hidden_size}; "
+                "make them equal or leave the two out"
+            )
 
 
 @strict
@@ -98,6 +99,8 @@ class NMMConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-5
     use_cache: bool = True
     tie_word_embeddings: bool = False
+    qk_norm: bool = True
+    """Normalise each query and key head. False: Llama's block."""
 
     patch_size: int = 14
     image_size: int = 224
@@ -136,7 +139,7 @@ class NMMConfig(PreTrainedConfig):
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "patch_size", "image_size"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        check_shape("", self.hidden_size, self.num_attention_heads, self.head_dim)
+        check_head_dim("", self.head_dim)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "

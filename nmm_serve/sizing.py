@@ -43,8 +43,8 @@ def _block(hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: 
     return attention + experts * 3 * hidden * intermediate
 
 
-def _norms(layers: int, hidden: int, head_dim: int) -> int:
-    return layers * (2 * hidden + 2 * head_dim) + hidden
+def _norms(layers: int, hidden: int, head_dim: int, qk_norm: bool = True) -> int:
+    return layers * (2 * hidden + 2 * head_dim * qk_norm) + hidden
 
 
 def count_params(config: NMMConfig) -> ParamCounts:
@@ -58,7 +58,7 @@ def count_params(config: NMMConfig) -> ParamCounts:
 
     router = layers * c.hidden_size * c.num_experts if c.router == "learned" else 0
     side = 4 * (c.image_size // c.patch_size)
-    other = _norms(layers, c.hidden_size, c.head_dim) + (c.patch_dim + 2 * side) * c.vision_width
+    other = _norms(layers, c.hidden_size, c.head_dim, c.qk_norm) + (c.patch_dim + 2 * side) * c.vision_width
     vision = 0
     if (v := c.encoder) is not None:
         heads = v.num_attention_heads

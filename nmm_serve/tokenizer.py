@@ -40,8 +40,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     if not tokenizer.is_fast:
         raise ConfigError(f"tokenizer {path} has no tokenizer.json; convert it to a fast tokenizer first")
-    if tokenizer.chat_template == CHAT_TEMPLATE:
-        return tokenizer
+    return tokenizer if tokenizer.chat_template == CHAT_TEMPLATE else add_special_tokens(tokenizer)
+
+
+def add_special_tokens(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Give a tokenizer those of our special tokens that it lacks, and our chat format."""
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
     return _finish(tokenizer)
 

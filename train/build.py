@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+from huggingface_hub.errors import StrictDataclassError
+
 from nmm_serve.checkpoint import load_model, load_processor
 from nmm_serve.config import NMMConfig
 from nmm_serve.errors import ConfigError
@@ -14,6 +16,7 @@ from nmm_serve.tokenizer import load_tokenizer, token_ids, train_tokenizer
 from nmm_serve.train.config import TrainConfig
 from nmm_serve.train.data.mixture import Mixture
 from nmm_serve.train.data.sources import Visit
+from nmm_serve.train.start.build import build_started
 
 
 def model_config(config: TrainConfig, processor: NMMProcessor) -> NMMConfig:
@@ -50,7 +53,7 @@ def model_config(config: TrainConfig, processor: NMMProcessor) -> NMMConfig:
                 "router_z_loss_coef": spec.router_z_loss_coef,
             }
             built = NMMConfig(**{k: v for k, v in values.items() if k in NMMConfig.__dataclass_fields__})
-    except ValueError as error:
+    except (ValueError, StrictDataclassError) as error:
         raise ConfigError(f"model: {str(error.__cause__ or error).splitlines()[-1].strip()}") from error
     return built
 
@@ -75,7 +78,7 @@ def build_processor(config: TrainConfig, mixture: Mixture) -> NMMProcessor:
 
 
 def build(config: TrainConfig, mixture: Mixture) -> tuple[NMMForConditionalGeneration, NMMProcessor]:
-    """A fresh model, or the one of `init_from` with its own tokenizer and image sizes."""
+    """A fresh model, one with parts of `start`, or the one of `init_from` with its own tokenizer and image sizes."""
     if config.init_from is not None:
         model = load_model(config.init_from)
         if config.context_length > model.config.max_position_embeddings:
@@ -84,5 +87,7 @@ def build(config: TrainConfig, mixture: Mixture) -> tuple[NMMForConditionalGener
                 f"{model.config.max_position_embeddings}"
             )
         return model.float(), load_processor(config.init_from)
+    if config.start.decoder is not None:
+        return build_started(config)
     processor = build_processor(config, mixture)
     return NMMForConditionalGeneration(model_config(config, processor)), processor

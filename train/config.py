@@ -52,8 +52,19 @@ class DataConfig:
 
 
 @dataclass(kw_only=True)
+class StartConfig:
+    """Local Hugging Face directories that a new model takes weights from. The rest of it starts from scratch."""
+
+    decoder: str | None = None
+    """A language model whose blocks are ours exactly; it brings its shape and its tokenizer."""
+
+
+@dataclass(kw_only=True)
 class OptimizerConfig:
-    """AdamW as in arXiv 2504.07951, appendix A: decay is fully decoupled, p <- p * (1 - weight_decay * lr / peak)."""
+    """AdamW as in arXiv 2504.07951, appendix A: decay is fully decoupled, p <- p * (1 - weight_decay * lr / peak).
+
+    The scales are rates of the model's parts relative to `lr`; 0 freezes a part.
+    """
 
     lr: float | None = None
     """Peak rate. None: the preset's."""
@@ -62,7 +73,11 @@ class OptimizerConfig:
     weight_decay: float = 1e-4
     grad_clip: float = 1.0
     vision_lr_scale: float = 0.01
-    """Late fusion: the encoder's rate relative to the decoder's. The paper's table 8 finds 0.01 best from scratch."""
+    """Late fusion: the encoder. The paper's table 8 finds 0.01 best from scratch."""
+    connector_lr_scale: float = 1.0
+    """What leads into the decoder: late fusion's connector, early fusion's patch projection and positions."""
+    decoder_lr_scale: float = 1.0
+    """Blocks, embeddings and output layer."""
 
 
 @dataclass(kw_only=True)
@@ -81,6 +96,7 @@ class TrainConfig:
     """`pretrain`: loss on every text token. `sft`: on the assistant's answers."""
     init_from: str | None = None
     """A checkpoint to start from; it brings its model and tokenizer."""
+    start: StartConfig = field(default_factory=StartConfig)
     seed: int = 0
     steps: int = 1000
     context_length: int = 512
@@ -114,6 +130,10 @@ class TrainConfig:
             raise ConfigError(f"save_at {list(self.save_at)} must name steps from 1 to {self.steps}")
         if not self.data.sources:
             raise ConfigError("data.sources is empty; name at least one source (see the recipes: nmm-train recipes)")
+        for name in ("vision_lr_scale", "connector_lr_scale", "decoder_lr_scale"):
+            if getattr(self.optimizer, name) < 0:
+                raise ConfigError(f"optimizer.{name} must be 0 (frozen) or more, not {getattr(self.optimizer, name)}")
+        self._validate_start()
         if not 0 <= self.schedule.cooldown <= 1:
             raise ConfigError(f"schedule.cooldown is a share of the steps, 0 to 1, not {self.schedule.cooldown}")
         if self.schedule.warmup_steps + self.schedule.cooldown * self.steps > self.steps:
@@ -121,6 +141,21 @@ class TrainConfig:
                 f"schedule.warmup_steps {self.schedule.warmup_steps} and a cool-down over {self.schedule.cooldown:.0%} "
                 f"of {self.steps} steps do not fit into the run; shorten one or raise steps"
             )
+
+    def _validate_start(self) -> None:
+        if self.start.decoder is None:
+            return
+        if self.init_from is not None:
+            raise ConfigError("init_from brings a whole model, so start.decoder has no place beside it; remove one")
+        if self.model.family.endswith("moe"):
+            raise ConfigError(
+                f"start.decoder holds a dense model and cannot start family {self.model.family!r}; "
+                "set model.family to early or late"
+            )
+        if self.tokenizer.path is not None:
+            raise ConfigError("start.decoder brings its own tokenizer; remove tokenizer.path")
+        if self.optimizer.lr is None:
+            raise ConfigError("start.decoder has no preset to take a rate from; set optimizer.lr")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -24,6 +24,7 @@ from nmm_serve.train.data.loader import PackedLoader
 from nmm_serve.train.data.mixture import parse_mixture
 from nmm_serve.train.log import RunLog
 from nmm_serve.train.optim import build_optimizer, lr_factor, set_lr
+from nmm_serve.train.parts import describe_parts, freeze
 from nmm_serve.train.resume import load_resume, resume_points, rng_state, save_resume
 from nmm_serve.train.run_folder import keep_config, locked
 from nmm_serve.train.throughput import batch_work, count_labels, gemm_rate
@@ -72,6 +73,8 @@ class Trainer:
             self.model, self.processor = build(config, self.mixture)
         self.processor.image_processor.raw_pixels = takes_raw_pixels(self.device)
         self.model.to(self.device).train()
+        freeze(self.model, config.optimizer)
+        self.parts = describe_parts(self.model, config.optimizer)
         self.optimizer = build_optimizer(self.model, config.optimizer, self.peak_lr)
         state = load_resume(points[-1], self.model, self.optimizer) if points else {}
         self.forward = torch.compile(self.model, dynamic=True) if config.compile else self.model
@@ -111,6 +114,7 @@ class Trainer:
             {
                 "event": "start", "step": self.step, "steps": config.steps, "family": self.model.config.family,
                 "params": counts.total, "active_params": counts.active, "device": self.device,
+                "trained_params": sum(part["trained"] for part in self.parts.values()),
                 "dtype": str(self.dtype).removeprefix("torch."), "gemm_flops": self.gemm_rate,
             }
         )  # fmt: skip
@@ -235,6 +239,7 @@ class Trainer:
             "name": self.config.name,
             "family": self.model.config.family,
             "params": {"total": counts.total, "active": counts.active, "paper": counts.paper},
+            "parts": self.parts,
             "steps": self.step,
             "tokens": int(self.totals["tokens"]),
             "image_tokens": int(self.totals["image_tokens"]),

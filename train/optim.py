@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from nmm_serve.train.config import OptimizerConfig, ScheduleConfig
+from nmm_serve.train.parts import lr_scale, part_of
 
 
 def lr_factor(step: int, steps: int, schedule: ScheduleConfig) -> float:
@@ -24,8 +25,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, peak_lr: float) -
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        vision = ".vision." in name or (".patch_embed." in name and hasattr(model.model, "vision"))
-        scale = config.vision_lr_scale if vision else 1.0
+        if not parameter.requires_grad:
+            continue
+        scale = lr_scale(part_of(name, hasattr(model.model, "vision")), config)
         decayed = parameter.ndim >= 2 and not name.endswith(("row_embed.weight", "col_embed.weight"))
         groups.setdefault((scale, decayed), []).append(parameter)
     return torch.optim.AdamW(

@@ -44,9 +44,9 @@ def apply_rope(x_BHTC: torch.Tensor, rope: Rope) -> torch.Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with per-head QK-norm. `rope=None`: positions were added to the input (the ViT)."""
+    """Multi-head attention, with per-head QK-norm or without. `rope=None`: positions were added to the input (ViT)."""
 
-    def __init__(self, config, num_key_value_heads: int, layer_idx: int):
+    def __init__(self, config, num_key_value_heads: int, layer_idx: int, qk_norm: bool = True):
         super().__init__()
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
@@ -55,8 +55,9 @@ class Attention(nn.Module):
         width = config.hidden_size
         self.qkv_proj = nn.Linear(width, (self.num_heads + 2 * num_key_value_heads) * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=False)
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.q_norm, self.k_norm = (
+            RMSNorm(self.head_dim, config.rms_norm_eps) if qk_norm else nn.Identity() for _ in range(2)
+        )
 
     def forward(self, x_BTD, mask_B1TS, rope: Rope | None = None, cache=None):
         B, T, _ = x_BTD.shape
@@ -154,7 +155,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, config, layer_idx: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, config.num_key_value_heads, layer_idx)
+        self.self_attn = Attention(config, config.num_key_value_heads, layer_idx, config.qk_norm)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SparseMoE(config) if config.num_experts else SwiGLU(config.hidden_size, config.intermediate_size)
 

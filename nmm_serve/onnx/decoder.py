@@ -51,8 +51,9 @@ def write_decoder(path: Path, config: NMMConfig, weights: Weights, quantization:
         qkv = graph.linear(x, weights[layer + "self_attn.qkv_proj.weight"], quantization, f"{i}.qkv")
         q, k, v = (graph.name(name) for name in "qkv")
         graph.op("Split", qkv, graph.ints(H * C, G * C, G * C), out=[q, k, v], axis=-1)
-        q = head_norm(graph, q, H, C, weights[layer + "self_attn.q_norm.weight"], eps)
-        k = head_norm(graph, k, G, C, weights[layer + "self_attn.k_norm.weight"], eps)
+        if config.qk_norm:
+            q = head_norm(graph, q, H, C, weights[layer + "self_attn.q_norm.weight"], eps)
+            k = head_norm(graph, k, G, C, weights[layer + "self_attn.k_norm.weight"], eps)
         past = [f"past_key_{i}", f"past_value_{i}"]
         present = [f"present_key_{i}", f"present_value_{i}"]
         inputs |= {name: (FLOAT, ["B", G, "M", C]) for name in past}

@@ -69,10 +69,16 @@ class NMMAttention(nn.Module):
             prefix=f"{prefix}.qkv_proj",
         )
         self.o_proj = RowParallelLinear(
-            config.hidden_size, config.hidden_size, bias=False, quant_config=quant_config, prefix=f"{prefix}.o_proj"
+            config.num_attention_heads * self.head_dim,
+            config.hidden_size,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.o_proj",
         )
-        self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.qk_norm = config.qk_norm
+        if self.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.rotary_emb = get_rope(
             self.head_dim,
             max_position=max(config.max_position_embeddings, vllm_config.model_config.max_model_len),
@@ -91,8 +97,9 @@ class NMMAttention(nn.Module):
     def forward(self, positions_N: torch.Tensor, x_ND: torch.Tensor) -> torch.Tensor:
         qkv, _ = self.qkv_proj(x_ND)
         q, k, v = qkv.split(self.split_sizes, dim=-1)
-        q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).view(q.shape)
-        k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).view(k.shape)
+        if self.qk_norm:
+            q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).view(q.shape)
+            k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).view(k.shape)
         q, k = self.rotary_emb(positions_N, q, k)
         out_ND, _ = self.o_proj(self.attn(q, k, v))
         return out_ND

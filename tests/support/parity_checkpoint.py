@@ -19,8 +19,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "late": {"vision_config": VISION},
     "moe": {"num_experts": 4},
     "late-moe": {"vision_config": VISION, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True},
-    "tied": {"tie_word_embeddings": True, "num_key_value_heads": 1},
-}
+    # as language models of others are: also no QK-norm, and heads that are wider together than the model
+    "tied": {
+        "tie_word_embeddings": True, "num_key_value_heads": 1,
+        "qk_norm": False, "head_dim": 64, "num_attention_heads": 4,
+    },
+}  # fmt: skip
 TORCH_ONLY: dict[str, dict[str, Any]] = {"modality-moe": {"num_experts": 2, "router": "modality"}}
 """What vLLM does not serve."""
 

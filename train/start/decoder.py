@@ -1,0 +1,129 @@
+"""A decoder from a Hugging Face directory, where its blocks are ours exactly: the same numbers come out, or an error.
+
+Legend: V vocabulary, D hidden size.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.configuration_utils import PreTrainedConfig
+
+from nmm_serve.checkpoint import no_progress_bars
+from nmm_serve.errors import ConfigError
+
+QK_NORM = {"llama": False, "mistral": False, "qwen3": True}
+"""Model types with our block (pre-norm RMSNorm, RoPE in halves, SwiGLU, no biases), and whether they normalise query
+and key heads."""
+
+REQUIRED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "sliding_window": (None,),
+    "quantization_config": (None,),
+}
+"""Fields of a config that would change the block, with the values that leave it ours."""
+
+
+def read_decoder_config(path: str | Path) -> PreTrainedConfig:
+    """The config of a language model that our decoder can be.
+
+    Raises ConfigError naming the field that does not fit; a nearly-matching model is never loaded.
+    """
+    if not Path(path).is_dir():
+        raise ConfigError(f"start.decoder: directory {path} does not exist")
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # whatever a damaged or missing file makes the library raise
+        raise ConfigError(f"start.decoder: {path}/config.json cannot be read: {_reason(error)}") from error
+    if config.model_type not in QK_NORM:
+        raise ConfigError(
+            f"start.decoder: {path} has model_type {config.model_type!r}, whose blocks are not ours; "
+            f"these can be loaded: {', '.join(QK_NORM)}"
+        )
+    for name, allowed in REQUIRED.items():
+        if (value := getattr(config, name, None)) not in allowed:
+            raise _mismatch(path, name, value, allowed[0])
+    rope = config.rope_parameters
+    if (kind := rope.get("rope_type", "default")) != "default":
+        raise _mismatch(path, "rope_parameters.rope_type", kind, "default")
+    if (share := rope.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise _mismatch(path, "rope_parameters.partial_rotary_factor", share, 1.0)
+    return config
+
+
+def _mismatch(path: str | Path, name: str, value: Any, expected: Any) -> ConfigError:
+    return ConfigError(
+        f"start.decoder: {path} has {name} {value!r}, and our decoder can only be a model with {expected!r}; "
+        "choose another model"
+    )
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def decoder_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields of our config that make its decoder this one. The vocabulary is the tokenizer's matter."""
+    return {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim or config.hidden_size // config.num_attention_heads,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rope_theta": float(config.rope_parameters["rope_theta"]),
+        "rms_norm_eps": config.rms_norm_eps,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "qk_norm": QK_NORM[config.model_type],
+    }
+
+
+def read_decoder_weights(path: str | Path, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
+    """Its weights under our names, in float32, with the query, key and value and the gate and up matrices joined.
+
+    Raises ConfigError when a weight is missing, superfluous or of another shape, and for pickles.
+    """
+    try:
+        with no_progress_bars():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path, config=config, dtype=torch.float32, local_files_only=True, use_safetensors=True,
+                output_loading_info=True,
+            )  # fmt: skip
+    except Exception as error:
+        raise ConfigError(f"start.decoder: the weights in {path} cannot be read: {_reason(error)}") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(kind):
+            names = ", ".join(sorted(map(str, info[kind]))[:3])
+            raise ConfigError(f"start.decoder: the weights in {path} do not fit: {kind.replace('_', ' ')}: {names}")
+    theirs = model.state_dict()
+    ours = {name: theirs[name] for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")}
+    for i in range(config.num_hidden_layers):
+        layer = f"model.layers.{i}."
+        q, k, v, gate, up = (
+            theirs[f"{layer}{name}_proj.weight"]
+            for name in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up")
+        )
+        ours[layer + "self_attn.qkv_proj.weight"] = torch.cat((q, k, v))
+        ours[layer + "mlp.gate_up_proj.weight"] = torch.cat((gate, up))
+        kept = ["self_attn.o_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm"]
+        if QK_NORM[config.model_type]:
+            kept += ["self_attn.q_norm", "self_attn.k_norm"]
+        ours |= {f"{layer}{name}.weight": theirs[f"{layer}{name}.weight"] for name in kept}
+    return ours
+
+
+def grow(table_VD: torch.Tensor, size: int, new: dict[int, int | None]) -> torch.Tensor:
+    """An embedding table or output layer of `size` rows, with rows for `new` tokens.
+
+    A new row is a copy of the old one named with it, or the mean of all, which changes the model's answers least; so
+    are the rows that no token has.
+    """
+    mean_D = table_VD.mean(0)
+    grown = torch.cat((table_VD, mean_D.expand(size - table_VD.shape[0], -1)))
+    for token, source in new.items():
+        grown[token] = mean_D if source is None else table_VD[source]
+    return grown
