@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from nmm_serve.cli.errors import Group
+from nmm_serve.cli.merging import interpolate, merge
 from nmm_serve.cli.render import note, print_table, progress_bars
 from nmm_serve.cli.scaling import fit, plan, sweep
 
@@ -18,6 +19,8 @@ def main() -> None:
 main.add_command(sweep)
 main.add_command(fit)
 main.add_command(plan)
+main.add_command(merge)
+main.add_command(interpolate)
 
 
 @main.command()
