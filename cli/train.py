@@ -9,6 +9,7 @@ from nmm_serve.cli.errors import Group
 from nmm_serve.cli.merging import interpolate, merge
 from nmm_serve.cli.render import note, print_table, progress_bars
 from nmm_serve.cli.scaling import fit, plan, sweep
+from nmm_serve.cli.speed import speed
 
 
 @click.group(cls=Group)
@@ -21,6 +22,7 @@ main.add_command(fit)
 main.add_command(plan)
 main.add_command(merge)
 main.add_command(interpolate)
+main.add_command(speed)
 
 
 @main.command()
