@@ -139,9 +139,10 @@ def data() -> None:
     type=click.IntRange(0),
     help="Pixels that an object may lie off the middle of its cell: few make an easy set.  [default: the whole cell]",
 )
-def builtin(out: Path, split: str, images: int, seed: int, jitter: int | None) -> None:
+@click.option("--max-objects", type=click.IntRange(2, 5), default=5, show_default=True, help="Few make an easy set.")
+def builtin(out: Path, split: str, images: int, seed: int, jitter: int | None, max_objects: int) -> None:
     """Write a split of the built-in data to OUT as images, COCO captions and VQA v2 files."""
-    from nmm_serve.train.data.builtin import export
+    from nmm_serve.train.data.builtin import Difficulty, export
 
-    export(out, split, images, seed, jitter)
+    export(out, split, images, seed, Difficulty(jitter, max_objects))
     note(f"{images} images of split {split}: {out}")

@@ -29,7 +29,7 @@ done
 nmm-train watch "${runs[@]}" &
 watcher=$!
 trap 'kill "${pids[@]}" $watcher 2>/dev/null || true' EXIT
-[ -d "$out/data" ] || nmm-train data builtin "$out/data" --split test --images "$images" --jitter 2
+[ -d "$out/data" ] || nmm-train data builtin "$out/data" --split test --images "$images" --jitter 2 --max-objects 3
 for family in $families; do
     wait "${pids[0]}" || {
         echo "training of $family failed; the end of $out/$family.log:" >&2

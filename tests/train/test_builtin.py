@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from nmm_serve.errors import DataError
+from nmm_serve.errors import ConfigError, DataError
 from nmm_serve.train.data import builtin
 from nmm_serve.train.data.builtin import digits, disk, scene
 from nmm_serve.train.data.builtin.render import RGB
@@ -102,8 +102,10 @@ def test_bad_arguments_are_named(draw):
         draw("vall", 0, 0)
     with pytest.raises(DataError, match=r"-1 .*negative"):
         draw("train", -1, 0)
-    with pytest.raises(DataError, match="a jitter of -2 pixels"):
-        builtin.builtin_images("train", 0, jitter=-2)
+    with pytest.raises(ConfigError, match="a jitter of -2 pixels"):
+        builtin.Difficulty(jitter=-2)
+    with pytest.raises(ConfigError, match=r"max_objects 6.*2 to 5"):
+        builtin.Difficulty(max_objects=6)
 
 
 # ---- pictures
@@ -130,9 +132,17 @@ def test_objects_lie_inside_the_picture_in_cells_of_their_own(split, index, seed
 @given(st.sampled_from(SPLITS), INDICES, SEEDS, st.integers(0, 4))
 def test_little_jitter_keeps_objects_in_the_middle_of_their_cells(split, index, seed, jitter):
     middles = (11, 32, 53)
-    objects = builtin.builtin_images(split, index, seed, jitter).scene.objects
+    objects = builtin.builtin_images(split, index, seed, builtin.Difficulty(jitter)).scene.objects
     assert len({o.cell for o in objects}) == len(objects)
     assert all(min(abs(c - m) for m in middles) <= jitter for o in objects for c in (o.x, o.y))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(SPLITS), INDICES, SEEDS, st.integers(2, 5))
+def test_no_picture_has_more_objects_than_were_asked_for(split, index, seed, most):
+    example = builtin.builtin_images(split, index, seed, builtin.Difficulty(max_objects=most))
+    assert 1 <= len(example.scene.objects) <= most
+    assert all(int(q["multiple_choice_answer"]) <= most for q in example.questions if q["question_type"] == "how many")
 
 
 def test_pictures_show_the_colors_of_the_scene_on_light_paper():
@@ -302,10 +312,10 @@ def test_splits_are_exported_side_by_side_and_never_overwritten(tmp_path):
 def test_an_export_that_fails_half_way_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
     real = builtin.builtin_images
 
-    def full_disk(split, index, seed, jitter):
+    def full_disk(split, index, seed, difficulty):
         if index == 3:
             raise OSError(28, "No space left on device")
-        return real(split, index, seed, jitter)
+        return real(split, index, seed, difficulty)
 
     monkeypatch.setattr(disk, "builtin_images", full_disk)
     with pytest.raises(OSError, match="No space"):

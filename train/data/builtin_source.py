@@ -4,7 +4,7 @@ from typing import Literal
 
 from nmm_serve.chat import ImageSlot
 from nmm_serve.errors import ConfigError
-from nmm_serve.train.data import documents
+from nmm_serve.train.data import builtin, documents
 from nmm_serve.train.data.documents import Document, ImageSource, Kind
 from nmm_serve.train.data.sources import Source, Visit
 
@@ -13,8 +13,8 @@ class Builtin(Source):
     """`which` of the built-in kinds; the first `size` examples of `split` (they have no end); `seed` of the examples.
 
     Captions: one of five an epoch, or all of them in one document. vqa: all questions of an image in one chat, in a new
-    order each epoch. `jitter`: pixels that an object may lie off the middle of its cell (pictures of captions and vqa);
-    few make an easy set, anywhere in the cell is the standard one.
+    order each epoch. `jitter` (pixels that an object may lie off the middle of its cell) and `max_objects` (2 to 5)
+    make the pictures of captions and vqa easier than the standard ones.
     """
 
     def __init__(
@@ -27,11 +27,13 @@ class Builtin(Source):
         seed: int = 0,
         captions: Literal["one", "all"] = "one",
         jitter: int | None = None,
+        max_objects: int = 5,
     ) -> None:
         if size < 1:
             raise ConfigError(f"source {name!r}: size {size}; expected 1 or more")
         self.name, self.kind = name, which
-        self._split, self._size, self._seed, self._captions, self._jitter = split, size, seed, captions, jitter
+        self._split, self._size, self._seed, self._captions = split, size, seed, captions
+        self._difficulty = builtin.Difficulty(jitter, max_objects)
 
     def __len__(self) -> int:
         return self._size
@@ -40,9 +42,6 @@ class Builtin(Source):
         return f"{self.name}:{self._split}#{index}"
 
     def document(self, index: int, visit: Visit) -> Document:
-        # drawn on first use: text sources alone should not load scikit-learn
-        from nmm_serve.train.data import builtin
-
         name = self.item_name(index)
         if self.kind == "text":
             return documents.text_document(builtin.text_document(self._split, index, self._seed), name=name)
@@ -51,7 +50,7 @@ class Builtin(Source):
             images: list[ImageSource] = [part for part in content if not isinstance(part, str)]
             parts = [part if isinstance(part, str) else ImageSlot() for part in content]
             return documents.interleaved_document(parts, images, name=name)
-        example = builtin.builtin_images(self._split, index, self._seed, self._jitter)
+        example = builtin.builtin_images(self._split, index, self._seed, self._difficulty)
         if self.kind == "caption":
             caption = visit.caption(example.captions, self._captions, index)
             return documents.caption_document(example.image, caption, objective=visit.objective, name=name)

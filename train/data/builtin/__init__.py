@@ -10,12 +10,13 @@ from nmm_serve.train.data.builtin.balance import best_constant_by_type, question
 from nmm_serve.train.data.builtin.disk import export
 from nmm_serve.train.data.builtin.example import Example, builtin_images, image_id
 from nmm_serve.train.data.builtin.interleaved import interleaved_document
-from nmm_serve.train.data.builtin.scene import IMAGE_SIZE, SPLITS, Object, Scene, sample_scene
+from nmm_serve.train.data.builtin.scene import IMAGE_SIZE, SPLITS, Difficulty, Object, Scene, sample_scene
 from nmm_serve.train.data.builtin.stories import text_document
 
 __all__ = [
     "IMAGE_SIZE",
     "SPLITS",
+    "Difficulty",
     "Example",
     "Object",
     "Scene",

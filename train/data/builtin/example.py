@@ -5,11 +5,10 @@ from typing import Any
 
 from PIL import Image
 
-from nmm_serve.errors import DataError
 from nmm_serve.train.data.builtin.captions import captions
 from nmm_serve.train.data.builtin.questions import Question, questions
 from nmm_serve.train.data.builtin.render import render
-from nmm_serve.train.data.builtin.scene import SPLITS, Scene, sample_scene, stream
+from nmm_serve.train.data.builtin.scene import SPLITS, STANDARD, Difficulty, Scene, sample_scene, stream
 from nmm_serve.train.data.builtin.words import SYNONYMS
 
 ANNOTATORS = 10
@@ -36,17 +35,14 @@ def image_id(split: str, index: int) -> int:
     return FIRST_IMAGE_ID[split] + index
 
 
-def builtin_images(split: str, index: int, seed: int = 0, jitter: int | None = None) -> Example:
+def builtin_images(split: str, index: int, seed: int = 0, difficulty: Difficulty = STANDARD) -> Example:
     """Example `index` of `split`, at the cost of one example: there is no end and no order.
 
     The same arguments give the same pixels and words. No picture, layout or handwritten digit of one
-    split is in another, whatever the seeds. `jitter` as in `sample_scene`: few pixels make an easy set, None the
-    standard one. Raises DataError for an unknown split, a negative index or a negative jitter.
+    split is in another, whatever the seeds. Raises DataError for an unknown split or a negative index.
     """
-    if jitter is not None and jitter < 0:
-        raise DataError(f"a jitter of {jitter} pixels for the built-in data; expected 0 or more")
     rng = stream("image", split, index, seed)
-    scene, count = sample_scene(rng, split, jitter)
+    scene, count = sample_scene(rng, split, difficulty)
     number = image_id(split, index)
     asked = questions(scene, count, rng)
     return Example(

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from nmm_serve.errors import DataError, unknown_name
+from nmm_serve.errors import ConfigError, DataError, unknown_name
 from nmm_serve.train.data.builtin import digits
 from nmm_serve.train.data.builtin.words import CELLS, COLORS, KINDS, SIZES
 
@@ -20,6 +20,8 @@ BANDS = ((8, 19), (25, 39), (45, 56))
 MIDDLES = (11, 32, 53)
 # "left of" and "above" are only said of centres at least this far apart (pixels): one patch of 8 x 8.
 CLEARLY_APART = 8
+# More large objects would often find no room.
+MAX_OBJECTS = 5
 PLACE_TRIES = 200  # each succeeds one time in eight or more where there is any jitter to speak of
 
 
@@ -59,6 +61,28 @@ class Scene:
 
 
 @dataclass(frozen=True, slots=True)
+class Difficulty:
+    """How much there is to learn in a picture.
+
+    `jitter`: how far from the middle of its cell an object may lie, in pixels each way; None for anywhere in the cell.
+    A model has to see every kind of object at every offset. `max_objects`: 2 to 5. Finding one thing among three, or
+    comparing two of them, is learned in fewer steps than among five. Raises ConfigError for other values.
+    """
+
+    jitter: int | None = None
+    max_objects: int = MAX_OBJECTS
+
+    def __post_init__(self) -> None:
+        if self.jitter is not None and self.jitter < 0:
+            raise ConfigError(f"a jitter of {self.jitter} pixels for the built-in data; expected 0 or more")
+        if not 2 <= self.max_objects <= MAX_OBJECTS:
+            raise ConfigError(f"max_objects {self.max_objects} for the built-in data; expected 2 to {MAX_OBJECTS}")
+
+
+STANDARD = Difficulty()
+
+
+@dataclass(frozen=True, slots=True)
 class Count:
     """The counting question that a scene was made for. `value` is a kind, a color, a size, or None for all objects."""
 
@@ -85,25 +109,22 @@ def in_split(fingerprint: str, split: str) -> bool:
     return split == ("val", "test")[slot] if slot < 2 else split == "train"
 
 
-def sample_scene(rng: random.Random, split: str, jitter: int | None = None) -> tuple[Scene, Count]:
-    """A scene of 1 to 5 objects, and the counting question whose answer was drawn before the scene was.
-
-    `jitter`: how far from the middle of its cell an object may lie, in pixels each way; None for anywhere in the cell.
-    It decides how much there is to learn: a model has to see every kind of object at every offset.
-    """
+def sample_scene(rng: random.Random, split: str, difficulty: Difficulty = STANDARD) -> tuple[Scene, Count]:
+    """A scene of 1 to `max_objects` objects, and the counting question whose answer was drawn before the scene was."""
+    most = difficulty.max_objects
     if rng.random() < 0.25:
-        count = Count(None, rng.randint(1, 5))
+        count = Count(None, rng.randint(1, most))
         choices, value = None, None
     else:
         choices = rng.choices((KINDS, COLORS, SIZES), weights=(4, 4, 2))[0]
         value = rng.choice(choices)
-        count = Count(value, rng.randint(0, 4))
+        count = Count(value, rng.randint(0, most - 1))
     while True:
         if choices is None or value is None:
             traits = [_draw_traits(rng) for _ in range(count.answer)]
         else:
-            traits = _traits_with(rng, choices, value, count.answer)
-        objects = place(rng, split, traits, jitter)
+            traits = _traits_with(rng, choices, value, count.answer, most)
+        objects = place(rng, split, traits, difficulty.jitter)
         if objects is not None:
             return Scene(objects, rng.getrandbits(32)), count
 
@@ -139,12 +160,14 @@ def _draw_traits(rng: random.Random) -> tuple[str, str, str]:
     return rng.choice(KINDS), rng.choice(COLORS), rng.choice(SIZES)
 
 
-def _traits_with(rng: random.Random, choices: tuple[str, ...], value: str, number: int) -> list[tuple[str, str, str]]:
-    """Traits of `number` objects with `value`, one of `choices`, and of a random number of others without."""
+def _traits_with(
+    rng: random.Random, choices: tuple[str, ...], value: str, number: int, most: int
+) -> list[tuple[str, str, str]]:
+    """Traits of `number` objects with `value`, one of `choices`, and of some others without; at most `most` in all."""
     others = [v for v in choices if v != value]
     slot = (KINDS, COLORS, SIZES).index(choices)
     traits = []
-    for i in range(rng.randint(max(1, number), 5)):
+    for i in range(rng.randint(max(1, number), most)):
         drawn = list(_draw_traits(rng))
         drawn[slot] = value if i < number else rng.choice(others)
         traits.append((drawn[0], drawn[1], drawn[2]))
