@@ -1,17 +1,19 @@
 """`nmm-eval latency --compare`, the deployment ledger, and the page of a comparison."""
 
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+from rich.progress import Progress
 
 from nmm_serve.cli.errors import ItemsFailed
 from nmm_serve.cli.render import note, print_json, print_table, progress_bars, quiet_stdout
 
 _FILE = click.Path(path_type=Path)
-_COMPARED = ("compared", "models", "presets", "match", "moe", "image_size")
+_COMPARED = ("compared", "models", "presets", "match", "moe", "image_size", "training", "resume")
 
 
 def parse_sweep(
@@ -67,6 +69,13 @@ def comparison_options(command: Callable[..., None]) -> Callable[..., None]:
                 "--image-size", type=click.IntRange(14), default=224, show_default=True,
                 help="Image size of the models of --preset.",
             ),
+            click.option(
+                "--training/--no-training", default=True, show_default=True,
+                help="Also time training steps of the compared models.",
+            ),
+            click.option(
+                "--resume", is_flag=True, help="Go on with the unfinished comparison at --output; its cells stay."
+            ),
         )
     ):  # fmt: skip
         command = decorate(command)
@@ -78,8 +87,10 @@ def split_options(options: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[
     own = {name: options[name] for name in _COMPARED}
     rest = {name: value for name, value in options.items() if name not in _COMPARED}
     if not own["compared"]:
-        if own["models"] or own["presets"] or own["moe"]:
-            raise click.UsageError("MODELS, --preset and --moe belong to --compare; one model is named by --model")
+        if own["models"] or own["presets"] or own["moe"] or own["resume"]:
+            raise click.UsageError(
+                "MODELS, --preset, --moe and --resume belong to --compare; one model is named by --model"
+            )
         return None, rest
     if rest["model"] is not None:
         raise click.UsageError("with --compare, name the models without --model: nmm-eval latency --compare A B")
@@ -94,7 +105,7 @@ def split_options(options: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[
 
 def compare_latency(compared: dict[str, Any], options: dict[str, Any]) -> None:
     """Measure several models in turn and print their ratios."""
-    from nmm_serve.evals.lab import partners, versus
+    from nmm_serve.evals.lab import contenders, document, partners, versus
     from nmm_serve.evals.latency import Load
     from nmm_serve.evals.records import check_place
 
@@ -110,34 +121,52 @@ def compare_latency(compared: dict[str, Any], options: dict[str, Any]) -> None:
     )  # fmt: skip
     files = _images(options)
     with quiet_stdout(), tempfile.TemporaryDirectory(prefix="nmm-latency-") as folder, progress_bars() as bars:
-
-        def start_task(task: str, total: int) -> Callable[[int], None]:
-            bar = bars.add_task(task, total=total)
-            return lambda count: bars.advance(bar, count)
-
         if compared["models"]:
-            groups = [versus.Group("checkpoints", versus.contenders(compared["models"]))]
+            groups = [contenders.Group("checkpoints", contenders.contenders(compared["models"]))]
         else:
-            built = start_task("models", len(compared["presets"]))
+            built = bars.add_task("models", total=len(compared["presets"]))
             groups = []
             for preset in compared["presets"]:
                 models = partners.build(
                     preset, compared["match"], Path(folder), moe=compared["moe"], image_size=compared["image_size"],
                     seed=options["seed"],
                 )  # fmt: skip
-                groups.append(versus.Group(preset, tuple(models)))
-                built(1)
-        document = versus.compare(
-            groups, engines, load, out, Path(folder), files=files, seed=options["seed"], start_task=start_task
-        )
+                groups.append(contenders.Group(preset, tuple(models)))
+                bars.advance(built)
+        start_task = _tasks(bars, len(groups) * (len(engines) + compared["training"]))
+        measured = versus.compare(
+            groups, engines, load, out, Path(folder), training=compared["training"], resume=compared["resume"],
+            files=files, seed=options["seed"], start_task=start_task,
+        )  # fmt: skip
     if options["as_json"]:
-        print_json(document)
+        print_json(measured)
     else:
-        _print(document)
+        _print(measured)
     note(f"Comparison written to {out}")
-    failed = versus.failed(document)
+    failed = document.failed(measured)
     if failed:
         raise ItemsFailed("parts of the comparison failed:\n  " + "\n  ".join(failed))
+
+
+def _tasks(bars: Progress, count: int) -> Callable[[str, int], Callable[[int], None]]:
+    """A bar for each of `count` tasks and one for all; without a terminal, a line when a task begins."""
+    whole = bars.add_task("comparison", total=count)
+    begin = time.monotonic()
+    begun: list[str] = []
+
+    def start_task(task: str, total: int) -> Callable[[int], None]:
+        bars.update(whole, completed=len(begun))
+        gone = time.monotonic() - begin
+        if bars.disable and begun:
+            left = gone / len(begun) * (count - len(begun))
+            note(f"{len(begun)} of {count} done in {gone / 60:.1f} min, about {left / 60:.0f} min left; now {task}")
+        elif bars.disable:
+            note(f"{count} parts; now {task}")
+        begun.append(task)
+        bar = bars.add_task(task, total=total)
+        return lambda done: bars.advance(bar, done)
+
+    return start_task
 
 
 def _images(options: dict[str, Any]) -> tuple[Path, ...]:
@@ -170,12 +199,13 @@ def _print(document: dict[str, Any]) -> None:
 def ledger(models: tuple[Path, ...], engine: tuple[str, ...], as_json: bool) -> None:
     """What must be built, shipped and kept to serve each of MODELS (checkpoints) with each engine."""
     from nmm_serve.evals.lab import tables, versus
+    from nmm_serve.evals.lab.contenders import contenders
     from nmm_serve.evals.lab.ledger import DEFINITIONS
 
     with quiet_stdout(), tempfile.TemporaryDirectory(prefix="nmm-ledger-") as folder, progress_bars() as bars:
         bar = bars.add_task("ledger", total=len(models) * len(engine))
         rows = []
-        for model in versus.contenders(models):
+        for model in contenders(models):
             for name in engine:
                 rows.append(versus.ledger_row(model, name, Path(folder)))
                 bars.advance(bar)
@@ -194,8 +224,8 @@ def ledger(models: tuple[Path, ...], engine: tuple[str, ...], as_json: bool) -> 
 @click.option("-o", "--output", type=_FILE, default=Path("latency-report"), show_default=True, help="Folder to write.")
 def latency_report(comparison: Path, quality: tuple[Path, ...], output: Path) -> None:
     """Write a COMPARISON of latency as Markdown tables and SVG plots."""
+    from nmm_serve.evals.lab.document import load_comparison
     from nmm_serve.evals.lab.page import write_page
-    from nmm_serve.evals.lab.versus import load_comparison
     from nmm_serve.evals.records import load_record
 
     page = write_page(load_comparison(comparison), [load_record(path) for path in quality], output)

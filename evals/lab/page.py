@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nmm_serve.evals.lab import plots
+from nmm_serve.evals.lab.document import failed
 from nmm_serve.evals.lab.tables import Table, all_tables
 from nmm_serve.evals.records import Record, write_text
 
@@ -13,6 +14,7 @@ def write_page(document: dict[str, Any], quality: Sequence[Record], folder: Path
     """Write tables and plots; returns the page. `quality`: vqa or caption records of the compared models, by hash."""
     drawn = {
         "ratios": ("Ratios to the first model, with paired intervals", plots.ratios(document)),
+        "training": ("Training steps, with paired intervals", plots.training(document)),
         "parts": ("Where the time goes", plots.parts(document)),
         "pareto": ("Quality against latency and memory", plots.pareto(document, quality)),
     }
@@ -24,7 +26,8 @@ def write_page(document: dict[str, Any], quality: Sequence[Record], folder: Path
         lines += ["**Not final: the run was cut off.**", ""]
     if any(model["random_weights"] for group in document["groups"] for model in group["models"]):
         lines += [f"Random weights: {document['definitions']['random_weights']}.", ""]
-    lines += [f"- failed: {f['group']} with {f['engine']}: {f['error']}" for f in document["failures"]]
+    lines += [f"- failed: {line}" for line in failed(document)]
+    lines += [""] if failed(document) else []
     for name, (title, svg) in drawn.items():
         if svg is not None:
             write_text(folder / f"{name}.svg", svg)

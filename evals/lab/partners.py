@@ -4,11 +4,11 @@ The weights are random and every answer has a forced length, so these models mea
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from nmm_serve.config import NMMConfig
 from nmm_serve.errors import ConfigError
+from nmm_serve.evals.lab.contenders import TEXT_TOKENS, Contender
 from nmm_serve.matching import MATCH_BY, partner
 from nmm_serve.presets import preset
 
@@ -19,18 +19,8 @@ PATCH = 14
 SYLLABLES = ("ba", "co", "di", "fu", "ge", "ha", "ki", "lo", "mu", "ne", "pa", "ro", "si", "tu", "ve", "zo")
 
 
-@dataclass(frozen=True)
-class Contender:
-    """One model of a comparison. `match`: by what it equals the early model, None for that model itself."""
-
-    name: str
-    match: str | None
-    path: Path
-    random_weights: bool
-
-
 def shapes(
-    preset_name: str, matches: Sequence[str], *, moe: bool, image_size: int, prompt_tokens: int = 64
+    preset_name: str, matches: Sequence[str], *, moe: bool, image_size: int, prompt_tokens: int = TEXT_TOKENS
 ) -> list[tuple[str, str | None, NMMConfig]]:
     """Name, yardstick and config: the early model, a late one for each of `matches`, the MoE if asked for.
 

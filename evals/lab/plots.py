@@ -1,56 +1,101 @@
 """Plots of a comparison of latency as SVG; None where there is nothing to draw."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from nmm_serve.evals.lab.tables import PARTS, cell_name, ratio_of
-from nmm_serve.evals.plots import colour, drawing, legend_above, span
+from nmm_serve.evals.lab.document import cell_name, ratio_of
+from nmm_serve.evals.lab.tables import PARTS
+from nmm_serve.evals.plots import Drawing, colour, drawing, legend_above, span
 from nmm_serve.evals.records import Record
 
 METRICS = (("ttft_s", "TTFT"), ("tpot_s", "TPOT"), ("e2e_s", "end to end"))
 
 
 def ratios(document: dict[str, Any]) -> str | None:
-    """For every engine, group and cell the ratios of medians to the first model, a panel for each metric."""
-    rows = [
-        (run, cell, result["model"])
-        for run in document["runs"]
-        for cell in run["cells"]
-        for result in cell["results"][1:]
-    ]
-    if not rows:
+    """Ratios of medians to the first model with paired intervals: a row of panels for each engine, a column for each
+    metric, and along each panel the sizes and their cells."""
+    runs = [run for run in document["runs"] if any(cell["ratios"] for cell in run["cells"])]
+    engines = list(dict.fromkeys(run["engine"] for run in runs))
+    if not engines:
         return None
-    engines = sorted({run["engine"] for run, _, _ in rows})
-    with drawing("latency-ratios", 10.5, 1.0 + 0.21 * len(rows), columns=len(METRICS)) as (drawn, panels):
-        for axes, (metric, title) in zip(panels, METRICS, strict=True):
-            for position, (run, cell, model) in enumerate(rows):
-                ratio = ratio_of(cell, model, metric)
-                if ratio is None or ratio["ratio"] is None:
-                    continue
-                low, high = span(ratio["ratio"], ratio["interval"])
-                index = engines.index(run["engine"])
-                axes.errorbar(
-                    ratio["ratio"], position, xerr=[[low], [high]], fmt="o", ms=4, elinewidth=1, color=colour(index),
-                    label=run["engine"] if position == _first(rows, run["engine"]) else None,
-                )  # fmt: skip
-            axes.axvline(1.0, color="#111", lw=1)
-            axes.set_title(f"{title}, times the first model's", fontsize=10)
-            axes.set_ylim(len(rows) - 0.5, -0.5)
-            names = [f"{run['group']} {run['engine']} {cell_name(cell)} {model}" for run, cell, model in rows]
-            axes.set_yticks(range(len(rows)), names if axes is panels[0] else [""] * len(rows), fontsize=7)
-        legend_above(drawn, panels[0])
+    names = _compared(runs)
+    places = max(sum(len(run["cells"]) for run in runs if run["engine"] == engine) for engine in engines)
+    width = max(9.5, 2.0 + len(METRICS) * 0.16 * places * (len(names) + 1))
+    with drawing("latency-ratios", width, 0.7 + 2.7 * len(engines), columns=len(METRICS), rows=len(engines)) as (
+        drawn, panels,
+    ):  # fmt: skip
+        for index, axes in enumerate(panels):
+            engine, (metric, title) = engines[index // len(METRICS)], METRICS[index % len(METRICS)]
+            _ratio_panel(axes, [run for run in runs if run["engine"] == engine], names, metric, short_name)
+            axes.set_title(f"{engine}: {title}, times the first model's", fontsize=10)
+        _legend_of_names(drawn, names)
     return drawn.svg
 
 
-def _first(rows: Sequence[tuple[dict[str, Any], Any, Any]], engine: str) -> int:
-    return next(i for i, (run, _, _) in enumerate(rows) if run["engine"] == engine)
+def training(document: dict[str, Any]) -> str | None:
+    """Ratios of training steps to the first model's, over sizes and resolutions."""
+    runs = [run for run in document["training"] if any(cell["ratios"] for cell in run["cells"])]
+    if not runs:
+        return None
+    names = _compared(runs)
+    with drawing("latency-training", 9.5, 3.6) as (drawn, axes):
+        _ratio_panel(axes, runs, names, "step_s", lambda cell: f"{cell['resolution']} px")
+        axes.set_title("a training step, times the first model's", fontsize=10)
+        _legend_of_names(drawn, names)
+    return drawn.svg
+
+
+def short_name(cell: dict[str, Any]) -> str:
+    if cell["varies"] in (None, "resolution"):
+        return f"{cell['resolution']} px" + (f", x{cell['concurrency']}" if cell["concurrency"] > 1 else "")
+    return cell_name(cell)
+
+
+def _compared(runs: Sequence[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(r["model"] for run in runs for cell in run["cells"] for r in cell["ratios"]))
+
+
+def _ratio_panel(
+    axes: Any, runs: Sequence[dict[str, Any]], names: Sequence[str], metric: str, label: Callable[[dict[str, Any]], str]
+) -> None:
+    """Points with intervals beside each other at each cell, one colour for each model; a line at 1."""
+    ticks, position = [], 0.0
+    for run in runs:
+        begin = position
+        for cell in sorted(run["cells"], key=lambda cell: (cell["resolution"], cell.get("concurrency", 1))):
+            for index, name in enumerate(names):
+                ratio = ratio_of(cell, name, metric)
+                if ratio is None or ratio["ratio"] is None:
+                    continue
+                low, high = span(ratio["ratio"], ratio["interval"])
+                at = position + 0.7 * ((index + 0.5) / len(names) - 0.5)
+                axes.errorbar(
+                    at, ratio["ratio"], yerr=[[low], [high]], fmt="o", ms=4, elinewidth=1.2, color=colour(index)
+                )
+            ticks.append((position, label(cell)))
+            position += 1
+        middle = (begin + position - 1) / 2
+        axes.text(middle, 0.99, run["group"], ha="center", va="top", fontsize=9, transform=axes.get_xaxis_transform())
+        axes.axvline(position - 0.25, color="#9aa0a8", lw=0.6)
+        position += 0.5
+    axes.axhline(1.0, color="#111", lw=1)
+    axes.margins(y=0.15)
+    axes.grid(axis="x", visible=False)
+    axes.set_xticks([at for at, _ in ticks], [text for _, text in ticks], fontsize=8, rotation=35, ha="right")
+
+
+def _legend_of_names(drawn: Drawing, names: Sequence[str]) -> None:
+    from matplotlib.patches import Patch
+
+    handles = [Patch(color=colour(i)) for i in range(len(names))]
+    drawn.figure.legend(handles, list(names), loc="outside upper center", ncols=min(6, len(names)))
 
 
 def parts(document: dict[str, Any]) -> str | None:
     """Medians of the parts stacked, for the first cell of each run whose engine tells them."""
     bars = []
     for run in document["runs"]:
-        for result in run["cells"][0]["results"]:
+        for result in _first_cell(run)["results"]:
             medians = [result["parts"][name].get("p50") for name in PARTS]
             if None not in medians:
                 bars.append((f"{run['group']} {run['engine']} {result['model']}", [1000 * m for m in medians]))
@@ -75,8 +120,11 @@ def pareto(document: dict[str, Any], quality: Sequence[Record]) -> str | None:
     points = []
     for run in document["runs"]:
         group = next(group for group in document["groups"] if group["label"] == run["group"])
-        for model, cost, result in zip(group["models"], run["models"], run["cells"][0]["results"], strict=True):
-            if model["hash"] in scores:
+        costs = {cost["model"]: cost for cost in run["models"]}
+        for result in _first_cell(run)["results"]:
+            (model,) = [model for model in group["models"] if model["name"] == result["model"]]
+            cost = costs.get(model["name"])
+            if model["hash"] in scores and cost is not None:
                 memory = cost["memory"]["peak_gpu_bytes"] or cost["memory"]["peak_rss_bytes"]
                 points.append((f"{model['name']} ({run['engine']})", *scores[model["hash"]], result["e2e_s"], memory))
     if not points:
@@ -94,6 +142,10 @@ def pareto(document: dict[str, Any], quality: Sequence[Record]) -> str | None:
         for axes in panels:
             axes.margins(x=0.3, y=0.2)
     return drawn.svg
+
+
+def _first_cell(run: dict[str, Any]) -> dict[str, Any]:
+    return run["cells"][0] if run["cells"] else {"results": []}
 
 
 def _score(record: Record) -> tuple[str, float, Any] | None:

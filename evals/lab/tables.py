@@ -1,7 +1,9 @@
 """A comparison of latency as tables: title, columns, rows of text."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from nmm_serve.evals.lab.document import cell_name, ratio_of, results
 
 Table = tuple[str, list[str], list[list[str]]]
 MISSING = "–"
@@ -9,11 +11,13 @@ PARTS = ("image_s", "host_s", "encoder_s", "prefill_s", "wait_s", "decode_s")
 
 
 def all_tables(document: dict[str, Any]) -> list[Table]:
-    """Models, times with ratios, parts of the time, costs."""
+    """Models, the claims, times with ratios, training, parts of the time, costs."""
     rows = [row for run in document["runs"] for row in run["models"]]
     return [
         models_table(document),
+        claims_table(document),
         times_table(document),
+        training_table(document),
         parts_table(document),
         costs_table(document),
         ledger_table([row["ledger"] | {"model": row["model"]} for row in rows]),
@@ -34,25 +38,65 @@ def models_table(document: dict[str, Any]) -> Table:
     return "Models (the last three columns: relative to the first model)", columns, rows
 
 
-def cell_name(cell: dict[str, Any]) -> str:
-    if cell["varies"] is None:
-        return f"concurrency {cell['concurrency']}"
-    field = {"prompt": "prompt_words", "output": "output_tokens"}.get(cell["varies"], cell["varies"])
-    return f"{cell['varies']} {cell['workload'][field]}"
-
-
-def results(document: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
-    """Every run, cell and result of a model in it."""
+def claims_table(document: dict[str, Any]) -> Table:
+    """What the ratios say in the words of claims like "29 % lower latency" and "37 % better training efficiency"."""
+    columns = [
+        "group",
+        "engine",
+        "cell",
+        "model",
+        "TTFT lower by",
+        "TPOT lower by",
+        "E2E lower by",
+        "training better by",
+    ]
+    rows = []
     for run in document["runs"]:
         for cell in run["cells"]:
+            for model in _compared(cell):
+                lower = [_lower(ratio_of(cell, model, metric)) for metric in ("ttft_s", "tpot_s", "e2e_s")]
+                rows.append([run["group"], run["engine"], cell_name(cell), model, *lower, MISSING])
+    for run in document["training"]:
+        for cell in run["cells"]:
+            name = f"{cell['resolution']} px"
+            for model in _compared(cell):
+                better = _better(ratio_of(cell, model, "step_s"))
+                rows.append([run["group"], run["engine"], name, model, *[MISSING] * 3, better])
+    return "The first model against each other one (95 % intervals; negative: it is the slower one)", columns, rows
+
+
+def _compared(cell: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(ratio["model"] for ratio in cell["ratios"]))
+
+
+def _lower(ratio: dict[str, Any] | None) -> str:
+    return _percent(ratio, lambda value: 1 - 1 / value)
+
+
+def _better(ratio: dict[str, Any] | None) -> str:
+    return _percent(ratio, lambda value: value - 1)
+
+
+def _percent(ratio: dict[str, Any] | None, share: Callable[[float], float]) -> str:
+    if ratio is None or ratio["ratio"] is None:
+        return MISSING
+    text, interval = f"{100 * share(ratio['ratio']):.0f} %", ratio["interval"]
+    return text + (f" [{100 * share(interval['low']):.0f}, {100 * share(interval['high']):.0f}]" if interval else "")
+
+
+def training_table(document: dict[str, Any]) -> Table:
+    columns = ["group", "resolution", "model", "step ms", "samples/s", "step x", "peak RSS MB", "peak GPU MB"]
+    rows = []
+    for run in document["training"]:
+        memory = {model["model"]: model["memory"] for model in run["models"]}
+        for cell in run["cells"]:
             for result in cell["results"]:
-                yield run, cell, result
-
-
-def ratio_of(cell: dict[str, Any], model: str, metric: str, statistic: str = "p50") -> dict[str, Any] | None:
-    """A model's ratio to the first one; None for that one itself."""
-    wanted = (model, metric, statistic)
-    return next((r for r in cell["ratios"] if (r["model"], r["metric"], r["statistic"]) == wanted), None)
+                name = result["model"]
+                row = [run["group"], str(cell["resolution"]), name, _ms(result["step_s"])]
+                row += [f"{result['samples_per_s']:.2f}", _ratio(ratio_of(cell, name, "step_s"))]
+                peaks = memory.get(name, {"peak_rss_bytes": None, "peak_gpu_bytes": None})
+                rows.append([*row, _mega(peaks["peak_rss_bytes"]), _mega(peaks["peak_gpu_bytes"])])
+    return "Training steps (medians with 95 % intervals) and ratios to the first model (x)", columns, rows
 
 
 def times_table(document: dict[str, Any]) -> Table:

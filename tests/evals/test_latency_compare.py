@@ -11,9 +11,9 @@ from tiny_checkpoint import make_checkpoint
 
 from nmm_serve.cli.eval import main
 from nmm_serve.engines.base import Output, Timing
-from nmm_serve.errors import DataError
+from nmm_serve.errors import DataError, EngineError
 from nmm_serve.evals import stats
-from nmm_serve.evals.lab import ledger, partners, versus
+from nmm_serve.evals.lab import contenders, document, interleave, ledger, partners, training, versus
 from nmm_serve.evals.lab.page import write_page
 from nmm_serve.evals.latency import Load
 from nmm_serve.sizing import count_params
@@ -38,7 +38,9 @@ class Fake:
 
 
 def measure(models, load):
-    return versus.interleave(models, versus.cells(load)[0], load, iter(range(100)), sleep=lambda _: None)
+    return interleave.interleave(
+        models, interleave.cells(load, 64)[0], load, iter(range(100)), baseline="a", image_size=64, sleep=lambda _: None
+    )
 
 
 def test_models_take_turns_with_the_same_requests():
@@ -69,6 +71,126 @@ def test_only_requests_that_both_answered_make_a_ratio():
     assert [result["failed"] for result in cell["results"]] == [1, 1]
     nothing = measure([Fake("a", 1.0, [], fails={0}), Fake("b", 2.0, [])], replace(load, requests=1))
     assert {(r["ratio"], r["reason"]) for r in nothing["ratios"]} == {(None, "no request that both answered")}
+
+
+class Fragile(Fake):
+    """Its process ends when it is asked for request `last`."""
+
+    alive = True
+
+    def __init__(self, name, slowness, log, last):
+        super().__init__(name, slowness, log)
+        self.last = last
+
+    def wave(self, workload, numbers):
+        if self.last in numbers:
+            self.alive = False
+        if not self.alive:
+            raise EngineError("its process is gone")
+        return super().wave(workload, numbers)
+
+
+def test_a_model_that_breaks_off_is_named_and_the_others_go_on():
+    load = Load(concurrencies=(1,), requests=4, warmup=1, output_tokens=3)
+    cell = measure([Fake("a", 1.0, []), Fragile("b", 2.0, [], last=3), Fake("c", 3.0, [])], load)
+    assert cell["failures"] == [{"model": "b", "error": "its process is gone"}]
+    assert [(result["model"], result["n"]) for result in cell["results"]] == [("a", 4), ("c", 4)]
+    assert {ratio["model"] for ratio in cell["ratios"]} == {"c"}
+    cell = measure([Fragile("a", 1.0, [], last=3), Fake("b", 2.0, [])], load)
+    assert [result["model"] for result in cell["results"]] == ["b"]
+    assert cell["ratios"] == [], "nothing takes the place of the model that all are compared with"
+
+
+class Opened(Fragile):
+    """As a `Worker` in a comparison."""
+
+    engine, about, model, startup_s = "torch", {}, None, 1.0
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def compare(checkpoints, tmp_path, monkeypatch):
+    """Compare two checkpoints with fakes that break off at request `last` of the late one; gives the document."""
+    out, log = tmp_path / "r.json", []
+    monkeypatch.setattr(interleave, "SETTLE_S", 0)
+    monkeypatch.setattr(versus, "measured_costs", lambda contender, *_: {"model": contender.name})
+
+    def run(last=None, **options):
+        def start(name, *_args, **_kwargs):
+            return Opened(name, 1.0 if name == "early" else 2.0, log, last if name == "late" else None)
+
+        monkeypatch.setattr(versus, "Worker", start)
+        load = Load(concurrencies=(1, 2), requests=2, warmup=1, output_tokens=3, sweep=(("resolution", (32,)),))
+        group = contenders.Group("tiny", contenders.contenders(checkpoints))
+        return versus.compare([group], ["torch"], load, out, tmp_path, training=False, **options)
+
+    run.out, run.log = out, log
+    return run
+
+
+def test_finished_cells_outlive_a_broken_one(compare):
+    found = compare(last=4)
+    (failure,) = found["failures"]
+    assert failure == {
+        "group": "tiny", "engine": "torch", "model": "late", "cell": "64 px, concurrency 2",
+        "error": "its process is gone",
+    }  # fmt: skip
+    assert [[r["model"] for r in cell["results"]] for cell in found["runs"][0]["cells"]] == [
+        ["early", "late"], ["early"], ["early"],
+    ]  # fmt: skip
+    assert document.failed(found) == ["tiny torch late, 64 px, concurrency 2: its process is gone"]
+
+
+def test_an_interrupted_comparison_is_taken_up(compare, monkeypatch):
+    whole = compare()
+
+    def interrupt(name, *_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    wave = Opened.wave
+    monkeypatch.setattr(
+        Opened, "wave", lambda self, w, numbers: interrupt(w) if 4 in numbers else wave(self, w, numbers)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        compare()
+    left = document.load_comparison(compare.out)
+    assert (left["final"], len(left["runs"][0]["cells"])) == (False, 1)
+    monkeypatch.setattr(Opened, "wave", wave)
+    compare.log.clear()
+    resumed = compare(resume=True)
+    assert resumed["created"] == left["created"]
+    assert min(min(numbers) for _, numbers in compare.log) == 3, "the first cell is not measured again"
+    assert resumed["final"]
+    assert [cell["ratios"] for cell in resumed["runs"][0]["cells"]] == [
+        cell["ratios"] for cell in whole["runs"][0]["cells"]
+    ]
+
+
+class FakeSteps:
+    def __init__(self, name, slowness, fails_at=None):
+        self.name, self.slowness, self.fails_at, self.seen = name, slowness, fails_at, []
+
+    def step(self, resolution, numbers):
+        if self.fails_at in numbers:
+            raise EngineError("no memory left")
+        self.seen.append(tuple(numbers))
+        return self.slowness * (1 + numbers[0] % 5), 10
+
+
+def test_training_steps_are_paired_on_the_same_samples():
+    models = [FakeSteps("a", 1.0), FakeSteps("b", 1.5), FakeSteps("c", 2.0, fails_at=5)]
+    cell = training.measure_steps(
+        models, None, 6, 1, iter(range(100)), baseline="a", image_size=64, sleep=lambda _: None
+    )
+    assert models[0].seen == models[1].seen == [(i, i + 1) for i in range(0, 14, 2)]
+    assert [result["model"] for result in cell["results"]] == ["a", "b"]
+    assert cell["failures"] == [{"model": "c", "error": "no memory left"}]
+    ratio = document.ratio_of(cell, "b", "step_s")
+    assert (ratio["ratio"], ratio["interval"]["low"], ratio["interval"]["high"]) == pytest.approx((1.5, 1.5, 1.5))
+    seconds = sum(1 + n[0] % 5 for n in models[0].seen[1:])
+    assert cell["results"][0]["samples_per_s"] == pytest.approx(6 * training.BATCH / seconds)
 
 
 def test_paired_ratio_of_ragged_rounds():
@@ -115,9 +237,9 @@ def checkpoints(tmp_path_factory):
 def test_models_with_other_image_tokens_are_refused(checkpoints, tmp_path):
     other = make_checkpoint(tmp_path / "other", image_size=32)
     with pytest.raises(DataError, match="image size"):
-        versus.check_equal(versus.contenders([checkpoints[0], other]))
+        contenders.check_equal(contenders.contenders([checkpoints[0], other]))
     with pytest.raises(DataError, match="two of the models"):
-        versus.contenders([checkpoints[0], checkpoints[0]])
+        contenders.contenders([checkpoints[0], checkpoints[0]])
 
 
 def test_a_comparison_of_two_checkpoints(checkpoints, tmp_path):
@@ -125,20 +247,26 @@ def test_a_comparison_of_two_checkpoints(checkpoints, tmp_path):
     out = tmp_path / "r.json"
     arguments = ["latency", "--compare", *map(str, checkpoints), "--engine", "onnx", "-o", str(out), "--json"]
     quick = ["--concurrency", "1", "--requests", "2", "--warmup", "1", "--output-tokens", "2"]
-    result = CliRunner().invoke(main, [*arguments, *quick, "--sweep", "resolution=32", "--slo", "ttft=60000"])
+    result = CliRunner().invoke(main, [*arguments, *quick, "--sweep", "resolution=32,64", "--slo", "ttft=60000"])
     assert result.exit_code == 0, result.stderr
-    document = versus.load_comparison(out)
-    assert document == json.loads(result.stdout)
-    assert document["final"]
-    (run,) = document["runs"]
+    found = document.load_comparison(out)
+    assert found == json.loads(result.stdout)
+    assert found["final"]
+    (run,) = found["runs"]
     assert [(cell["varies"], cell["workload"]["resolution"]) for cell in run["cells"]] == [
         (None, None), ("resolution", 32),
-    ]  # fmt: skip
+    ], "64 is the models' own size: no cell beside the first"  # fmt: skip
     for cell in run["cells"]:
-        for found in cell["results"]:
-            assert (found["n"], found["failed"], found["short"]) == (2, 0, 0)
-            assert found["goodput_share"] == 1.0
-            assert all(part["mean"] >= 0 for part in found["parts"].values())
+        for answered in cell["results"]:
+            assert (answered["n"], answered["failed"], answered["short"]) == (2, 0, 0)
+            assert answered["goodput_share"] == 1.0
+            assert all(part["mean"] >= 0 for part in answered["parts"].values())
+    (steps,) = found["training"]
+    assert [cell["resolution"] for cell in steps["cells"]] == [64, 32]
+    for cell in steps["cells"]:
+        assert [result["n"] for result in cell["results"]] == [2, 2]
+        assert {(r["model"], r["pairs"]) for r in cell["ratios"]} == {("late", 2)}
+    assert steps["cells"][1]["tokens_per_step"] < steps["cells"][0]["tokens_per_step"]
     full, small = (cell["results"][0]["prompt_tokens"]["max"] for cell in run["cells"])
     assert small < full
     for cost in run["models"]:
@@ -151,14 +279,21 @@ def test_a_comparison_of_two_checkpoints(checkpoints, tmp_path):
     assert late["knobs"]["model_fields"] > early["knobs"]["model_fields"]
     assert late["family_lines"] > early["family_lines"] == 0
     quality = {
-        "model": {"hash": document["groups"][0]["models"][1]["hash"]},
+        "model": {"hash": found["groups"][0]["models"][1]["hash"]},
         "tasks": {"vqa": {"accuracy": 50.0, "interval": None}},
     }
-    page = write_page(document, [quality], tmp_path / "page")
+    page = write_page(found, [quality], tmp_path / "page")
     assert sorted(path.name for path in page.parent.iterdir()) == [
-        "latency.md", "pareto.svg", "parts.svg", "ratios.svg",
+        "latency.md", "pareto.svg", "parts.svg", "ratios.svg", "training.svg",
     ]  # fmt: skip
     assert "resolution 32" in page.read_text()
+    resumed = CliRunner().invoke(
+        main, [*arguments, *quick, "--sweep", "resolution=32,64", "--slo", "ttft=60000", "--resume"]
+    )
+    assert json.loads(resumed.stdout) == found, "all was measured already"
+    other = CliRunner().invoke(main, [*arguments, *quick, "--resume"])
+    assert other.exit_code == 1
+    assert "its load differ from what would be measured now" in other.output
 
 
 @pytest.mark.parametrize(
@@ -170,6 +305,7 @@ def test_a_comparison_of_two_checkpoints(checkpoints, tmp_path):
         (["--compare", "a", "b", "--rate", "2"], "open loop"),
         (["--compare", "a", "b", "--engine", "openai"], "takes engines"),
         (["a", "--model", "b"], "belong to --compare"),
+        (["--resume", "--model", "b"], "belong to --compare"),
         ([], "--model"),
         (["--model", "a", "--sweep", "images=x"], "NAME=NUMBER"),
         (["--model", "a", "--slo", "ttft"], "NAME=MILLISECONDS"),
@@ -183,12 +319,24 @@ def test_usage(arguments, message):
 
 def test_a_broken_engine_is_named_and_the_exit_code_says_so(checkpoints, tmp_path, monkeypatch):
     def broken(*_args):
-        raise versus.EngineError("it does not open")
+        raise EngineError("it does not open")
 
     monkeypatch.setattr(versus, "for_engine", broken)
     result = CliRunner().invoke(
-        main, ["latency", "--compare", *map(str, checkpoints), "--engine", "torch", "-o", str(tmp_path / "r.json")]
+        main,
+        [
+            "latency",
+            "--compare",
+            *map(str, checkpoints),
+            "--engine",
+            "torch",
+            "--no-training",
+            "-o",
+            str(tmp_path / "r.json"),
+        ],
     )
     assert result.exit_code == 1
-    assert "checkpoints torch: it does not open" in result.output
-    assert versus.load_comparison(tmp_path / "r.json")["failures"][0]["engine"] == "torch"
+    assert "checkpoints torch late: it does not open" in result.output
+    found = document.load_comparison(tmp_path / "r.json")
+    assert [failure["model"] for failure in found["failures"]] == ["early", "late"]
+    assert found["runs"] == []
