@@ -38,11 +38,17 @@ def run(config: str, out: Path, overrides: tuple[str, ...]) -> None:
     Examples:
       nmm-train run demo --out runs/early
       nmm-train run demo --out runs/late --set model.family=late
+      torchrun --nproc-per-node 8 --no-python nmm-train run demo --out runs/early --set parallel.strategy=fsdp
     """
+    import os
+
     from nmm_serve.train.config import load_config
     from nmm_serve.train.loop import train
 
     loaded = load_config(config, overrides)
+    if os.environ.get("RANK", "0") != "0":  # torchrun started several of us: the first one shows what happens
+        train(loaded, out)
+        return
     with progress_bars() as bars:
         view = RunView(bars, loaded.steps)
         final = train(loaded, out, view)
@@ -146,3 +152,7 @@ def builtin(out: Path, split: str, images: int, seed: int, jitter: int | None, m
 
     export(out, split, images, seed, Difficulty(jitter, max_objects))
     note(f"{images} images of split {split}: {out}")
+
+
+if __name__ == "__main__":  # for `torchrun -m`
+    main()

@@ -12,6 +12,14 @@ from nmm_serve.kernels import moe_ops
 Score = Literal["softmax", "sigmoid"]
 
 
+class RouterTotals(NamedTuple):
+    """Counts over a batch."""
+
+    slots_E: torch.Tensor
+    """How often each expert was chosen."""
+    num_tokens: torch.Tensor
+
+
 class RouterStats(NamedTuple):
     """What the routing pass has summed over the tokens that count; nothing is computed until it is asked for."""
 
@@ -31,19 +39,25 @@ class RouterStats(NamedTuple):
         """How often each expert was chosen. Sums to top_k * num_tokens."""
         return self.stat_BS[:, : self.num_experts].sum(0)
 
-    @property
-    def mean_prob_E(self) -> torch.Tensor:
-        """Mean probability of each expert; sigmoid scores are first divided by their sum. Differentiable."""
-        return self.stat_BS[:, self.num_experts : -2].sum(0) / self.num_tokens.clamp(min=1)
+    def totals(self) -> RouterTotals:
+        """The counts, without gradient."""
+        return RouterTotals(self.slots_E.detach(), self.num_tokens.detach())
 
-    def load_balancing_loss(self) -> torch.Tensor:
-        """Switch Transformer's (arXiv 2101.03961, eq. 4): E * sum_e share_e * mean probability_e. 1 when balanced."""
-        share_E = self.slots_E / self.slots_E.sum().clamp(min=1)
-        return self.num_experts * (share_E.detach() * self.mean_prob_E).sum()
+    def load_balancing_loss(self, batch: RouterTotals | None = None) -> torch.Tensor:
+        """Switch Transformer's (arXiv 2101.03961, eq. 4): E * sum_e share_e * mean probability_e. 1 when balanced.
 
-    def z_loss(self) -> torch.Tensor:
-        """Mean squared logsumexp of the logits (ST-MoE, arXiv 2202.08906, eq. 5): keeps the logits small."""
-        return self.stat_BS[:, -2].sum() / self.num_tokens.clamp(min=1)
+        `batch`: counts over a batch that these tokens are a part of; the loss is then their part of the batch's.
+        """
+        slots_E, num_tokens = batch or self.totals()
+        share_E = slots_E / slots_E.sum().clamp(min=1)
+        prob_E = self.stat_BS[:, self.num_experts : -2].sum(0) / num_tokens.clamp(min=1)
+        return self.num_experts * (share_E * prob_E).sum()
+
+    def z_loss(self, batch: RouterTotals | None = None) -> torch.Tensor:
+        """Mean squared logsumexp of the logits (ST-MoE, arXiv 2202.08906, eq. 5): keeps the logits small. `batch` as
+        above."""
+        _, num_tokens = batch or self.totals()
+        return self.stat_BS[:, -2].sum() / num_tokens.clamp(min=1)
 
 
 class Routing(NamedTuple):

@@ -37,22 +37,27 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield staging
-        for file in staging.rglob("*"):
-            if file.is_file():
-                _fsync(file)
-        staging.chmod(0o755)
-        old = path.with_name(f".{path.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            path.rename(old)
-        staging.rename(path)
-        _fsync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        publish(staging, path)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
         if "os error 28" in str(error):  # safetensors has an error of its own for a full disk
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
+
+
+def publish(staging: Path, path: Path) -> None:
+    """Give a finished directory its name, durably; the files in it first. It replaces an old one."""
+    for file in staging.rglob("*"):
+        if file.is_file():
+            _fsync(file)
+    staging.chmod(0o755)
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    staging.rename(path)
+    _fsync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:

@@ -48,6 +48,10 @@ class DataConfig:
     validation: list[dict[str, Any]] = field(default_factory=list)
     validation_documents: int = 128
     workers: int = 0
+    """Of each process."""
+    shards: int = 1
+    """Streams that the documents are divided into, each packed by itself. A multiple of the number of processes lets
+    every process read documents of its own; the rows of a step depend on the shards, not on the processes."""
     max_bad_share: float = 0.01
 
 
@@ -90,6 +94,16 @@ class ScheduleConfig:
 
 
 @dataclass(kw_only=True)
+class ParallelConfig:
+    """How the processes that torchrun starts share the work. May change when a run goes on."""
+
+    strategy: Literal["none", "ddp", "fsdp"] = "none"
+    """`ddp`: each process holds the model. `fsdp`: parameters, experts too, gradients and optimiser are sharded."""
+    activation_checkpointing: bool = False
+    """Run each block again in the backward pass instead of keeping its activations."""
+
+
+@dataclass(kw_only=True)
 class TrainConfig:
     name: str = "run"
     objective: Literal["pretrain", "sft"] = "pretrain"
@@ -103,7 +117,7 @@ class TrainConfig:
     rows: int = 16
     """Packed sequences in one forward pass."""
     accumulate: int = 1
-    """Forward passes in one step."""
+    """Forward passes in one step. Several processes divide a step's passes, and then the rows of each pass."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto`: bf16 on a GPU, fp32 on a CPU."""
     compile: bool = False
@@ -121,11 +135,14 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def validate(self) -> None:
         for name in ("steps", "context_length", "rows", "accumulate", "log_every", "eval_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.data.shards < 1:
+            raise ConfigError(f"data.shards must be at least 1, not {self.data.shards}")
         if any(not 1 <= step <= self.steps for step in self.save_at):
             raise ConfigError(f"save_at {list(self.save_at)} must name steps from 1 to {self.steps}")
         if not self.data.sources:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from nmm_serve.checkpoint import WEIGHTS, atomic_directory, write_checkpoint
 from nmm_serve.errors import CheckpointError
+from nmm_serve.train.distributed import sharded_like
 
 STEP = re.compile(r"step-(\d{8})")
 
@@ -32,12 +33,17 @@ def save_resume(
         training = staging / "training"
         training.mkdir()
         save_file(_optimizer_tensors(model, optimizer), training / "optimizer.safetensors")
-        digests = {name: _sha256(staging / name) for name in (WEIGHTS, "training/optimizer.safetensors")}
+        digests = {name: sha256(staging / name) for name in (WEIGHTS, "training/optimizer.safetensors")}
         (training / "state.json").write_text(json.dumps({"step": step, "sha256": digests, **state}))
+    apply_retention(folder, keep, keep_steps)
+    return path
+
+
+def apply_retention(folder: Path, keep: int, keep_steps: Sequence[int]) -> None:
+    """Delete all resume checkpoints but the newest `keep` and those of `keep_steps`."""
     others = [point for point in resume_points(folder) if step_of(point) not in keep_steps]
     for old in others[:-keep]:
         shutil.rmtree(old)
-    return path
 
 
 def step_of(point: Path) -> int:
@@ -80,20 +86,17 @@ def load_resume(path: Path, model, optimizer) -> dict[str, Any]:
     """
     state = json.loads((path / "training/state.json").read_text())
     for name, digest in state["sha256"].items():
-        if _sha256(path / name) != digest:
-            raise CheckpointError(
-                f"{path / name} is damaged: its checksum is not the one written with it. "
-                f"Delete {path} to go on from the checkpoint before it"
-            )
+        if sha256(path / name) != digest:
+            raise damaged(path / name, path)
     weights = load_file(path / WEIGHTS)
     if model.config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    model.load_state_dict(weights)
+    model.load_state_dict({name: sharded_like(weights[name], value) for name, value in model.state_dict().items()})
     tensors = load_file(path / "training/optimizer.safetensors")
     parameters = dict(model.named_parameters())
     for key, tensor in tensors.items():
         kind, name = key.split("/", 1)
-        optimizer.state[parameters[name]][kind] = tensor.to(parameters[name].device if kind != "step" else "cpu")
+        optimizer.state[parameters[name]][kind] = tensor if kind == "step" else sharded_like(tensor, parameters[name])
     torch.set_rng_state(torch.tensor(state["torch_rng"], dtype=torch.uint8))
     return state
 
@@ -110,6 +113,13 @@ def _optimizer_tensors(model, optimizer) -> dict[str, torch.Tensor]:
     }
 
 
-def _sha256(path: Path) -> str:
+def damaged(file: Path, point: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{file} is damaged: its checksum is not the one written with it. "
+        f"Delete {point} to go on from the checkpoint before it"
+    )
+
+
+def sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

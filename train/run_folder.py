@@ -25,12 +25,17 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def keep_config(folder: Path, config: TrainConfig) -> None:
-    """Write `config.yaml`; a folder that has one is continued with the same. Raises ConfigError with the difference."""
+    """Write `config.yaml`; a folder that has one is continued with the same. Raises ConfigError with the difference.
+
+    A key that the file does not have yet had its default. `parallel` may differ: it changes where the work is done,
+    not what is computed.
+    """
     path = folder / "config.yaml"
     values = yaml.safe_load(yaml.safe_dump(_plain(config.to_dict())))
     if path.is_file():
-        old, new = _flat(yaml.safe_load(path.read_text()) or {}), _flat(values)
-        changed = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+        defaults = _flat(_plain(TrainConfig().to_dict()))
+        old, new = defaults | _flat(yaml.safe_load(path.read_text()) or {}), _flat(values)
+        changed = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k) and not k.startswith("parallel.")]
         if changed:
             rows = ", ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in changed)
             raise ConfigError(

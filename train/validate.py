@@ -11,14 +11,22 @@ from nmm_serve.train.config import TrainConfig
 from nmm_serve.train.data.loader import evaluation_batches
 from nmm_serve.train.data.packing import Batch
 from nmm_serve.train.data.sources import open_source
+from nmm_serve.train.distributed import Processes
 from nmm_serve.train.throughput import count_labels
 
 
 class Validation:
-    """Batches of the validation sources, built once."""
+    """Batches of the validation sources, built once; several processes divide them."""
 
-    def __init__(self, config: TrainConfig, processor: NMMProcessor, device: str, dtype: torch.dtype):
-        self.device, self.dtype = device, dtype
+    def __init__(
+        self,
+        config: TrainConfig,
+        processor: NMMProcessor,
+        device: str,
+        dtype: torch.dtype,
+        procs: Processes | None = None,
+    ):
+        self.device, self.dtype, self.procs = device, dtype, procs or Processes()
         self.batches: dict[str, list[Batch]] = {}
         for entry in config.data.validation:
             source = open_source(entry, Path(config.data.root))
@@ -43,12 +51,18 @@ class Validation:
         try:
             for name, batches in self.batches.items():
                 total, labels = 0.0, 0
-                for batch in batches:
+                for start in range(0, len(batches), self.procs.count):
+                    # every process runs the model as often as the others, who may wait for its shards of it
+                    number = start + self.procs.rank
+                    batch = batches[min(number, len(batches) - 1)]
                     tensors = {k: v.to(self.device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
                     with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
-                        total += model(**tensors, num_items_in_batch=1).ce_loss.item()
-                    labels += count_labels(batch)
-                losses[f"loss_{name}"] = total / labels
+                        loss = model(**tensors, num_items_in_batch=1).ce_loss.item()
+                    if number < len(batches):
+                        total += loss
+                        labels += count_labels(batch)
+                sums = self.procs.sums({"total": total, "labels": labels})
+                losses[f"loss_{name}"] = sums["total"] / sums["labels"]
         finally:
             model.train()
         return losses | ({"loss_avg": sum(losses.values()) / len(losses)} if losses else {})

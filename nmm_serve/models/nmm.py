@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed import ProcessGroup
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import ModelOutput
@@ -16,6 +17,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from nmm_serve.config import NMMConfig
 from nmm_serve.errors import PromptError
+from nmm_serve.kernels.moe import RouterTotals
 from nmm_serve.models.blocks import DecoderLayer, Experts, RMSNorm, RouterOutput, TokenMarks, rope_tables
 from nmm_serve.models.masks import attention_mask as build_mask
 from nmm_serve.models.masks import image_spans
@@ -71,6 +73,10 @@ class NMMPreTrainedModel(PreTrainedModel):
 class NMMModel(NMMPreTrainedModel):
     """Embeddings, image front and decoder; returns the normed residual stream."""
 
+    always_run_image_front = False
+    """For training with several processes, which must all run the same modules: a batch without images then sends one
+    blank patch through the image front, and adds nothing of it."""
+
     def __init__(self, config: NMMConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -108,6 +114,9 @@ class NMMModel(NMMPreTrainedModel):
                 "build both with the processor, and give one <|image|> for each image"
             )
         if pixel_values is None:
+            if self.always_run_image_front:
+                blank_1K, one_by_one = x_BTD.new_zeros(1, self.config.patch_dim), input_ids.new_ones(1, 2)
+                x_BTD = x_BTD + 0 * self.image_tokens(blank_1K, one_by_one).sum()
             return x_BTD
         image_PD = self.image_tokens(pixel_values, image_grid).to(x_BTD.dtype)
         return x_BTD.masked_scatter(is_image_BT[:, :, None], image_PD)
@@ -155,6 +164,9 @@ class NMMForConditionalGeneration(NMMPreTrainedModel, GenerationMixin):
     """Image and text in, text out (arXiv 2504.07951)."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    batch_group: ProcessGroup | None = None
+    """For training with several processes: those that hold the other rows of each batch. The routers' losses are then
+    this process's part of those of the whole batch, which are no sum over rows."""
 
     def __init__(self, config: NMMConfig):
         super().__init__(config)
@@ -228,14 +240,29 @@ class NMMForConditionalGeneration(NMMPreTrainedModel, GenerationMixin):
             output.ce_loss = F.cross_entropy(logits_NV, target_BT[has_label_BT], reduction="sum") / divisor
             output.loss = output.ce_loss
             if routers and self.config.router == "learned":
+                num_labels, totals = self.over_batch(has_label_BT.sum(), [r.stats.totals() for r in routers])
                 # under gradient accumulation each micro-batch weighs by its share of the labels, like its cross-entropy
-                share = 1.0 if num_items_in_batch is None else has_label_BT.sum() / num_items_in_batch
-                output.aux_loss = share * torch.stack([r.stats.load_balancing_loss() for r in routers]).mean()
+                share = 1.0 if num_items_in_batch is None else num_labels / num_items_in_batch
+                balance = [r.stats.load_balancing_loss(t) for r, t in zip(routers, totals, strict=True)]
+                output.aux_loss = share * torch.stack(balance).mean()
                 output.loss = output.loss + self.config.router_aux_loss_coef * output.aux_loss
                 if self.config.router_z_loss_coef:
-                    output.z_loss = share * torch.stack([r.stats.z_loss() for r in routers]).mean()
+                    z_losses = [r.stats.z_loss(t) for r, t in zip(routers, totals, strict=True)]
+                    output.z_loss = share * torch.stack(z_losses).mean()
                     output.loss = output.loss + self.config.router_z_loss_coef * output.z_loss
         return output
+
+    def over_batch(
+        self, num_labels: torch.Tensor, totals: list[RouterTotals]
+    ) -> tuple[torch.Tensor, list[RouterTotals]]:
+        """Counts of this process's rows -> of the whole batch."""
+        if self.batch_group is None:
+            return num_labels, totals
+        counts = torch.cat([num_labels[None].float(), *(part.reshape(-1) for total in totals for part in total)])
+        torch.distributed.all_reduce(counts, group=self.batch_group)
+        E = totals[0].slots_E.shape[0]
+        layers = [RouterTotals(part[:E], part[E]) for part in counts[1:].split(E + 1)]
+        return counts[0], layers
 
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)

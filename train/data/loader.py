@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,18 @@ class LoaderStats:
         """Padding over all positions; 0 before the first batch."""
         positions = self.tokens + self.padding
         return self.padding / positions if positions else 0.0
+
+    @classmethod
+    def over(cls, parts: Iterable["LoaderStats"]) -> "LoaderStats":
+        """The sums over several loaders."""
+        total = cls()
+        for part in parts:
+            total.documents += part.documents
+            total.bad += part.bad
+            total.tokens += part.tokens
+            total.padding += part.padding
+            total.wait_seconds += part.wait_seconds
+        return total
 
 
 class PackedLoader(Iterator[Batch]):
@@ -102,37 +114,44 @@ class PackedLoader(Iterator[Batch]):
         self._state = self._snapshot([]) if state is None else state
 
     def __next__(self) -> Batch:
+        return self.collate(self.next_rows(self._rows))
+
+    def next_rows(self, count: int) -> list[list[Piece]]:
+        """The next `count` rows, not yet a batch."""
         try:
-            batch = self._next_batch()
+            rows = self._next_rows(count)
         except BaseException:
             # an error keeps its frames, and so the loader, alive: do not let it keep the workers too
             self.close()
             raise
         self._state = self._snapshot(self._packer.pending())
-        return batch
+        return rows
 
-    def _next_batch(self) -> Batch:
+    def collate(self, rows: list[list[Piece]]) -> Batch:
+        """Rows as one batch."""
+        return collate(rows, self._packer.context_length, self._pad_id)
+
+    def _next_rows(self, count: int) -> list[list[Piece]]:
         if self._stream is None:
             pending = [self._items[position] for position in self._restored]
             walk = Walk(self._mixture, self._seed, self._walk.position, self._walk.counts)
             order = Chunks(pending, walk, self._rank, self._world_size)
             self._stream = encoded_documents(self._dataset, order, self._num_workers)
         rows = []
-        for _ in range(self._rows):
+        for _ in range(count):
             # the buffer is filled before each row, so that batches of other sizes hold the same rows
             while len(self._packer) < LOOKAHEAD or self._restored:
                 self._take(*self._next_document())
             rows.append(self._packer.row())
         waiting = {position for position, _ in self._packer.pending()}
         self._items = {position: item for position, item in self._items.items() if position in waiting}
-        batch = collate(rows, self._packer.context_length, self._pad_id)
-        tokens = int((batch["document_ids"] > 0).sum())
+        tokens = sum(len(piece) for row in rows for piece in row)
         self.stats.tokens += tokens
-        self.stats.padding += batch["document_ids"].numel() - tokens
-        return batch
+        self.stats.padding += count * self._packer.context_length - tokens
+        return rows
 
     def state_dict(self) -> dict[str, Any]:
-        """The place after the last batch, as JSON: a loader made with it goes on with exactly the next batch, with any
+        """The place after the last rows, as JSON: a loader made with it goes on with exactly the next ones, with any
         number of workers and rows. Small: the documents that wait in the packing buffer are read again."""
         return self._state
 

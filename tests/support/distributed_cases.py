@@ -1,0 +1,35 @@
+"""Trains several runs one after the other in one group of processes; started by torchrun. A case is
+`[folder, options, stop]`: `stop` ends it with a signal to itself after that step."""
+
+import json
+import os
+import signal
+import sys
+
+import torch
+import torch.distributed as dist
+
+from nmm_serve.errors import TrainingError
+from nmm_serve.train.config import load_config
+from nmm_serve.train.loop import train
+
+
+def main(recipe: str, cases: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for folder, options, stop in json.loads(cases):
+
+        def report(event, stop=stop):
+            if stop and event["event"] == "train" and event["step"] == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        try:
+            train(load_config(recipe, options), folder, report)
+        except (TrainingError, SystemExit):
+            if not stop:
+                raise
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

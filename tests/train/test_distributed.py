@@ -1,0 +1,199 @@
+"""Two real processes against one: the same losses, each other's resume checkpoints, and what breaks."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_training import write_recipe
+
+from nmm_serve.checkpoint import load_model, read_run
+from nmm_serve.errors import CheckpointError, ConfigError, TrainingError
+from nmm_serve.train.config import ParallelConfig, load_config
+from nmm_serve.train.distributed import processes
+from nmm_serve.train.loop import Trainer, train
+from nmm_serve.train.resume import resume_points
+from nmm_serve.train.sharded_resume import HuggingFaceStorageWriter
+
+CASES = Path(__file__).parents[1] / "support/distributed_cases.py"
+SHORT = ["steps=4", "eval_every=4", "save_every=2"]
+EARLY = [*SHORT, "accumulate=2"]  # a pass for each process
+MOE = [*SHORT, "rows=2", "accumulate=1", "model.family=moe", "model.router_z_loss_coef=0.001"]  # a row for each
+LATE = [*SHORT, "steps=3", "model.family=late", "data.shards=2"]
+DDP, FSDP = "parallel.strategy=ddp", "parallel.strategy=fsdp"
+RECOMPUTE = "parallel.activation_checkpointing=true"
+STOP = 3
+
+
+def stop_after(step: int):
+    def report(event):
+        if event["event"] == "train" and event["step"] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return report
+
+
+def torchrun(count: int, *command: str) -> list[str]:
+    """A free port each, so that two groups never meet."""
+    return [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *command]
+
+
+def numbers(run: Path) -> list[tuple]:
+    events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    keys = ("step", "loss", "grad_norm", "aux_loss", "z_loss", "loss_caption", "tokens", "lr")
+    return [tuple(event.get(key) or 0 for key in keys) for event in events]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> str:
+    return write_recipe(tmp_path_factory.mktemp("recipe") / "tiny.yaml")
+
+
+@pytest.fixture(scope="module")
+def runs(recipe, tmp_path_factory) -> Path:
+    """Every run of this file, one folder each: some of one process, some of two, some begun by one kind and ended by
+    the other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("runs")
+    for name, options in (("early", EARLY), ("moe", MOE), ("late", LATE)):
+        train(load_config(recipe, options), folder / name)
+    with pytest.raises(TrainingError, match="stopped by SIGTERM after step 3"):
+        train(load_config(recipe, [*EARLY, DDP]), folder / "early-1-then-2", stop_after(STOP))
+    with pytest.raises(TrainingError, match="stopped by SIGTERM after step 3"):
+        train(load_config(recipe, MOE), folder / "moe-1-then-2", stop_after(STOP))
+    cases: list[tuple[str, list[str], int]] = [
+        ("early-ddp", [*EARLY, DDP], 0),
+        ("early-1-then-2", [*EARLY, FSDP], 0),
+        ("moe-fsdp", [*MOE, FSDP, RECOMPUTE], 0),
+        ("moe-1-then-2", [*MOE, DDP], 0),
+        ("moe-2-then-1", [*MOE, FSDP], STOP),
+        ("late-fsdp", [*LATE, FSDP], 0),
+    ]
+    text = json.dumps([(str(folder / name), options, stop) for name, options, stop in cases])
+    done = subprocess.run(
+        torchrun(2, str(CASES), recipe, text), env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    train(load_config(recipe, MOE), folder / "moe-2-then-1")
+    torch.set_num_threads(threads)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "alone"),
+    [
+        ("early-ddp", "early"),
+        ("early-1-then-2", "early"),
+        ("moe-fsdp", "moe"),
+        ("moe-1-then-2", "moe"),
+        ("moe-2-then-1", "moe"),
+        ("late-fsdp", "late"),
+    ],
+)
+def test_losses_are_those_of_one_process(runs, name, alone):
+    ours, expected = numbers(runs / name), numbers(runs / alone)
+    assert len(ours) == len(expected)
+    for actual, row in zip(ours, expected, strict=True):
+        assert actual == pytest.approx(row, rel=1e-5, abs=1e-5)
+    run, reference = read_run(runs / name / "final"), read_run(runs / alone / "final")
+    for key in ("tokens", "image_tokens", "labels", "flops", "data", "params"):
+        assert run[key] == reference[key]
+
+
+def test_final_checkpoint_is_an_ordinary_one(runs):
+    model, expected = load_model(runs / "moe-fsdp/final"), load_model(runs / "moe/final")
+    for (name, ours), theirs in zip(model.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_each_process_writes_half_of_the_numbers(runs):
+    (point,) = [p for p in resume_points(runs / "moe-fsdp/checkpoints") if p.name == "step-00000002"]
+    files = sorted((point / "training/shards").iterdir())
+    assert len(files) == 2
+    sizes = [sum(tensor.numel() for tensor in load_file(file).values()) for file in files]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.02)
+    experts = [load_file(file)["weight/model.layers.0.mlp.experts.down_proj"] for file in files]
+    assert [expert.shape[0] for expert in experts] == [4, 4], "of 8 experts each process holds 4"
+
+
+@pytest.fixture
+def trainer(recipe, tmp_path):
+    """One process that saves as several do."""
+    config = load_config(recipe, [*MOE, "steps=8", FSDP])
+    with processes(ParallelConfig(strategy="fsdp")) as procs:
+        trainer = Trainer(config, tmp_path, lambda event: None, procs)
+        yield trainer
+        trainer.close()
+
+
+def test_a_save_holds_its_own_step_and_damage_is_noticed(trainer, recipe, tmp_path):
+    trainer.train_step()
+    weight = trainer.model.lm_head.weight
+    saved = weight.full_tensor().clone()
+    trainer.save()
+    with torch.no_grad():
+        weight.mul_(0)  # while it is being written
+    point = trainer.publish(wait=True)
+    again = Trainer(trainer.config, tmp_path, lambda event: None, trainer.procs)
+    assert again.step == 1
+    assert torch.equal(again.model.lm_head.weight.full_tensor(), saved)
+    again.close()
+    (file,) = (point / "training/shards").iterdir()
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"safetensors is damaged.*Delete {point} to go on"):
+        Trainer(trainer.config, tmp_path, lambda event: None, trainer.procs)
+    (point / "training/state.json").unlink()
+    with pytest.raises(CheckpointError, match=f"Delete {point} to go on"):
+        Trainer(trainer.config, tmp_path, lambda event: None, trainer.procs)
+
+
+def test_a_save_that_fails_leaves_the_ones_before(trainer, tmp_path, monkeypatch):
+    trainer.train_step()
+    first = trainer.save(wait=True)
+    trainer.train_step()
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", full)
+    trainer.save()
+    with pytest.raises(CheckpointError, match="step-00000002 could not be written: disk full"):
+        trainer.publish(wait=True)
+    assert resume_points(tmp_path / "checkpoints") == [first]
+
+
+def test_several_processes_need_a_strategy(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"2 processes were started but parallel\.strategy is none"):
+        train(load_config(recipe), tmp_path)
+
+
+@pytest.mark.slow
+def test_killed_group_goes_on(recipe, runs, tmp_path):
+    """SIGKILL to all processes at once, as a machine that goes down; the command line, as a user types it."""
+    options = [word for option in [*MOE, FSDP] for word in ("--set", option)]
+    command = ["-m", "nmm_serve.cli.train", "run", recipe, "--out", str(tmp_path / "run"), *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    group = subprocess.Popen(torchrun(2, *command), env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    while not resume_points(tmp_path / "run/checkpoints") and group.poll() is None:
+        time.sleep(0.05)
+    for child in Path(f"/proc/{group.pid}/task/{group.pid}/children").read_text().split():
+        os.kill(int(child), signal.SIGKILL)
+    os.killpg(group.pid, signal.SIGKILL)
+    group.wait()
+    assert not (tmp_path / "run/final").exists()
+    done = subprocess.run(torchrun(2, *command), env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("checkpoint: ") == 1, "one process reports"
+    for actual, row in zip(numbers(tmp_path / "run"), numbers(runs / "moe"), strict=True):
+        assert actual == pytest.approx(row, rel=1e-5, abs=1e-5)
