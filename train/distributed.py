@@ -145,6 +145,13 @@ def processes(config: ParallelConfig) -> Iterator[Processes]:
         dist.init_process_group(backend, timeout=TIMEOUT, store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), device, config.strategy)
+    except RuntimeError as error:
+        if count > 1 and "by peer" in str(error):  # gloo's "Connection closed by peer", or "reset"
+            raise TrainingError(
+                "another process of this run has ended and has said why; mend that, and run the same command to go on "
+                "from the last resume checkpoint"
+            ) from error
+        raise
     finally:
         dist.destroy_process_group()
 

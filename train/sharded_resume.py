@@ -95,7 +95,8 @@ class BackgroundSaves:
         apply_retention(self._folder, self._keep, self._keep_steps)
 
     def close(self) -> None:
-        self._thread.shutdown(wait=False)
+        """Let a save under way end, unpublished, before the processes part."""
+        self._thread.shutdown()
 
 
 def _prepare(staging: Path, model, processor, run: dict[str, Any], state: dict[str, Any]) -> None:
