@@ -14,6 +14,9 @@ HEAD_DIMS = (32, 64, 96, 128)
 
 ROUTERS = ("learned", "modality")
 
+PRETRAINED_ENCODERS = ("clip_vision_model", "siglip_vision_model")
+"""Encoders of transformers that can stand in for ours."""
+
 
 def default_head_dim(hidden_size: int) -> int:
     """The supported head size that gives the number of heads nearest to 16.
@@ -54,13 +57,29 @@ class NMMVisionConfig(PreTrainedConfig):
     head_dim: int = 0
     rms_norm_eps: float = 1e-5
 
+    pretrained: dict | None = None
+    """The config of an encoder of transformers that stands in for ours, which then gives the sizes here."""
+    image_mean: list[float] | None = None
+    image_std: list[float] | None = None
+    """How that encoder's pixels, from 0 to 1, are normalised."""
+
     def __post_init__(self, **kwargs):
+        if self.pretrained is not None:
+            for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+                setattr(self, name, self.pretrained[name])
+            self.head_dim = self.hidden_size // self.num_attention_heads
         self.head_dim = self.head_dim or default_head_dim(self.hidden_size)
         self.num_attention_heads = self.num_attention_heads or self.hidden_size // self.head_dim
         self.intermediate_size = self.intermediate_size or default_intermediate_size(self.hidden_size)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
+        if self.pretrained is not None:
+            if (kind := self.pretrained["model_type"]) not in PRETRAINED_ENCODERS:
+                raise ValueError(f"pretrained encoder {kind!r} is not known; these are: {PRETRAINED_ENCODERS}")
+            if self.image_mean is None or self.image_std is None:
+                raise ValueError("a pretrained encoder needs image_mean and image_std")
+            return
         check_head_dim("vision ", self.head_dim)
         if self.num_attention_heads * self.head_dim != self.hidden_size:
             raise ValueError(
@@ -78,7 +97,7 @@ class NMMConfig(PreTrainedConfig):
     every feed-forward layer is a mixture of experts.
 
     Images: an image is scaled to about `image_size` x `image_size` pixels in area, aspect ratio kept, and cut into
-    patches of `patch_size` pixels; each patch is one token in the decoder, in both families.
+    patches of `patch_size` pixels; each patch is one token in the decoder, in both families (but see `pool_image`).
 
     0 for the number of heads, their size or the feed-forward size means: derive it from `hidden_size`.
     """
@@ -105,6 +124,9 @@ class NMMConfig(PreTrainedConfig):
     patch_size: int = 14
     image_size: int = 224
     vision_config: dict | NMMVisionConfig | None = None
+    pool_image: bool = False
+    """Late fusion: an image is one token and not one a patch: what its encoder pools it to (CLIP's class token,
+    SigLIP's attention head, the mean of our ViT)."""
 
     num_experts: int = 0
     num_experts_per_tok: int = 1
@@ -147,6 +169,15 @@ class NMMConfig(PreTrainedConfig):
             )
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.pool_image and self.encoder is None:
+            raise ValueError("pool_image needs an image encoder: early fusion has none to pool patches")
+        if self.encoder is not None and (theirs := self.encoder.pretrained) is not None:
+            if theirs["patch_size"] != self.patch_size:
+                raise ValueError(
+                    f"patch_size {self.patch_size} is not that of the pretrained encoder, {theirs['patch_size']}"
+                )
+            if self.pool_image and not theirs.get("vision_use_head", True):
+                raise ValueError("pool_image needs a pooling head, and this SigLIP encoder has none (vision_use_head)")
         if self.num_experts < 0 or (self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts):
             raise ValueError(
                 f"num_experts_per_tok {self.num_experts_per_tok} must lie between 1 and num_experts {self.num_experts}"
@@ -177,9 +208,17 @@ class NMMConfig(PreTrainedConfig):
         return "moe" if self.fusion == "early" else "late-moe"
 
     @property
-    def max_image_tokens(self) -> int:
-        """Patches that one image takes at most."""
+    def max_image_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def max_image_tokens(self) -> int:
+        """Tokens that one image takes at most."""
+        return self.image_tokens(self.max_image_patches)
+
+    def image_tokens(self, patches: int) -> int:
+        """Tokens of an image that is cut into so many patches."""
+        return 1 if self.pool_image else patches
 
     @property
     def patch_dim(self) -> int:

@@ -24,10 +24,11 @@ class NMMImageProcessor(PilBackend):
     model_input_names = ["pixel_values", "image_grid"]  # noqa: RUF012
     raw_pixels = False
 
-    def __init__(self, patch_size: int = 14, image_size: int = 224, **kwargs):
+    def __init__(self, patch_size: int = 14, image_size: int = 224, pool_image: bool = False, **kwargs):
         super().__init__(**kwargs)
         self.patch_size = patch_size
         self.image_size = image_size
+        self.pool_image = pool_image
 
     def to_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps. `raw_pixels` is how one process hands images over, no property of a model."""

@@ -45,6 +45,10 @@ class NMMProcessor(PromptEncoder, ProcessorMixin):
     def image_size(self) -> int:  # type: ignore[override]
         return self.image_processor.image_size
 
+    @property
+    def pool_image(self) -> bool:  # type: ignore[override]
+        return self.image_processor.pool_image
+
     def encode_text(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 

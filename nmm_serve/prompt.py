@@ -44,6 +44,8 @@ class PromptEncoder:
 
     patch_size: int
     image_size: int
+    pool_image: bool = False
+    """An image is one token, and not one a patch."""
 
     def encode_text(self, text: str) -> list[int]:
         """Plain text; characters that spell a special token stay characters."""
@@ -56,8 +58,9 @@ class PromptEncoder:
     def token_id(self, token: str) -> int:
         raise NotImplementedError
 
-    def image_ids(self, num_tokens: int) -> list[int]:
-        """Start, one placeholder a patch, end."""
+    def image_ids(self, num_patches: int) -> list[int]:
+        """Start, one placeholder a patch or one in all, end."""
+        num_tokens = 1 if self.pool_image else num_patches
         return [self.token_id(IMAGE_START), *[self.token_id(IMAGE)] * num_tokens, self.token_id(IMAGE_END)]
 
     def prompt_of_parts(self, parts: Iterable[Part], images: Sequence[Image.Image] = ()) -> tuple[Prompt, list[int]]:

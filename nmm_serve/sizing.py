@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nmm_serve.config import NMMConfig
+from nmm_serve.config import NMMConfig, NMMVisionConfig
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,19 @@ def count_params(config: NMMConfig) -> ParamCounts:
 
     router = layers * c.hidden_size * c.num_experts if c.router == "learned" else 0
     side = 4 * (c.image_size // c.patch_size)
-    other = _norms(layers, c.hidden_size, c.head_dim, c.qk_norm) + (c.patch_dim + 2 * side) * c.vision_width
+    other = _norms(layers, c.hidden_size, c.head_dim, c.qk_norm)
     vision = 0
-    if (v := c.encoder) is not None:
-        heads = v.num_attention_heads
-        vision = v.num_hidden_layers * _block(v.hidden_size, heads, heads, v.head_dim, v.intermediate_size)
-        other += _norms(v.num_hidden_layers, v.hidden_size, v.head_dim) + v.hidden_size * c.hidden_size
+    if (v := c.encoder) is not None and v.pretrained is not None:
+        vision = v.num_hidden_layers * (4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size)
+        other += _pretrained_other(v)
+    else:
+        other += (c.patch_dim + 2 * side) * c.vision_width
+        if v is not None:
+            heads = v.num_attention_heads
+            vision = v.num_hidden_layers * _block(v.hidden_size, heads, heads, v.head_dim, v.intermediate_size)
+            other += _norms(v.num_hidden_layers, v.hidden_size, v.head_dim)
+    if v is not None:
+        other += v.hidden_size * c.hidden_size
     return ParamCounts(
         embedding=c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2),
         decoder=decoder(c.num_experts or 1) + router,
@@ -74,11 +81,28 @@ def count_params(config: NMMConfig) -> ParamCounts:
     )
 
 
+def _pretrained_other(v: NMMVisionConfig) -> int:
+    """A CLIP or SigLIP encoder but for the matrices of its blocks: biases, norms, patch layer, positions, pooling."""
+    theirs, d, f = v.pretrained, v.hidden_size, v.intermediate_size
+    assert theirs is not None
+    positions = (theirs["image_size"] // theirs["patch_size"]) ** 2
+    patch, norm = 3 * theirs["patch_size"] ** 2 * d, 2 * d
+    blocks = v.num_hidden_layers * (4 * d + f + d + 2 * norm)
+    if theirs["model_type"] == "clip_vision_model":
+        return blocks + patch + (positions + 2) * d + 2 * norm  # with a class token, its position, and a norm first
+    head = d + 4 * (d**2 + d) + norm + 2 * d * f + f + d if theirs.get("vision_use_head", True) else 0
+    return blocks + patch + d + positions * d + norm + head
+
+
 def paper_flops(config: NMMConfig, image_tokens: int, text_tokens: int) -> int:
-    """Training FLOPs by the paper's convention: 6ND, for late fusion 6(N_v D_v + N D), N active, attention ignored."""
+    """Training FLOPs by the paper's convention: 6ND, for late fusion 6(N_v D_v + N D), N active, attention ignored.
+
+    A pooled image counts as one of `image_size` squared.
+    """
     counts = count_params(config)
     decoder = counts.paper - counts.vision
-    return 6 * (counts.vision * image_tokens + decoder * (image_tokens + text_tokens))
+    patches = image_tokens * config.max_image_patches if config.pool_image else image_tokens
+    return 6 * (counts.vision * patches + decoder * (image_tokens + text_tokens))
 
 
 def forward_flops(config: NMMConfig, images: Sequence[int], documents: Sequence[int], logits: int | None = None) -> int:
@@ -87,16 +111,17 @@ def forward_flops(config: NMMConfig, images: Sequence[int], documents: Sequence[
     Args:
         images: patches of each image.
         documents: tokens of each document, image tokens included; attention stays inside a document.
-        logits: positions where the output layer runs (default: every token that is no patch).
+        logits: positions where the output layer runs (default: every token that is no image's).
     """
     c, counts = config, count_params(config)
-    tokens, image_tokens = sum(documents), sum(images)
+    tokens, patches = sum(documents), sum(images)
+    image_tokens = sum(map(c.image_tokens, images))
     logits = tokens - image_tokens if logits is None else logits
     flops = 2 * counts.decoder_active * tokens + 2 * c.hidden_size * c.vocab_size * logits
-    flops += 2 * c.patch_dim * c.vision_width * image_tokens
+    flops += 2 * c.patch_dim * c.vision_width * patches
     flops += attention_flops(c.num_hidden_layers, c.num_attention_heads * c.head_dim, documents)
     if (v := c.encoder) is not None:
-        flops += 2 * (counts.vision + v.hidden_size * c.hidden_size) * image_tokens
+        flops += 2 * (counts.vision * patches + v.hidden_size * c.hidden_size * image_tokens)
         flops += attention_flops(v.num_hidden_layers, v.hidden_size, images)
     return flops
 

@@ -16,15 +16,14 @@ from nmm_serve.tokenizer import load_tokenizer, token_ids, train_tokenizer
 from nmm_serve.train.config import TrainConfig
 from nmm_serve.train.data.mixture import Mixture
 from nmm_serve.train.data.sources import Visit
-from nmm_serve.train.start.build import build_started
+from nmm_serve.train.start.build import build_started, round_up
 
 
 def model_config(config: TrainConfig, processor: NMMProcessor) -> NMMConfig:
     """The model that the preset, family and matching name."""
     spec, shape = config.model, preset(config.model.preset)
-    tokens = len(processor.tokenizer)
     common = {
-        "vocab_size": -(-tokens // 64) * 64,  # a multiple of 64 keeps the output layer on the fast paths
+        "vocab_size": round_up(len(processor.tokenizer)),
         "num_hidden_layers": shape.num_hidden_layers,
         "max_position_embeddings": config.context_length,
         "patch_size": spec.patch_size,
@@ -53,6 +52,7 @@ def model_config(config: TrainConfig, processor: NMMProcessor) -> NMMConfig:
                 "router_z_loss_coef": spec.router_z_loss_coef,
             }
             built = NMMConfig(**{k: v for k, v in values.items() if k in NMMConfig.__dataclass_fields__})
+        built.pool_image = spec.pool_image  # after `partner`, which starts from an early model
     except (ValueError, StrictDataclassError) as error:
         raise ConfigError(f"model: {str(error.__cause__ or error).splitlines()[-1].strip()}") from error
     return built
@@ -73,7 +73,10 @@ def build_processor(config: TrainConfig, mixture: Mixture) -> NMMProcessor:
         tokenizer = load_tokenizer(config.tokenizer.path)
     else:
         tokenizer = train_tokenizer(_corpus(config, mixture), config.tokenizer.vocab_size)
-    image_processor = NMMImageProcessor(patch_size=config.model.patch_size, image_size=config.model.image_size)
+    spec = config.model
+    image_processor = NMMImageProcessor(
+        patch_size=spec.patch_size, image_size=spec.image_size, pool_image=spec.pool_image
+    )
     return NMMProcessor(image_processor, tokenizer, chat_template=tokenizer.chat_template)
 
 
@@ -87,7 +90,7 @@ def build(config: TrainConfig, mixture: Mixture) -> tuple[NMMForConditionalGener
                 f"{model.config.max_position_embeddings}"
             )
         return model.float(), load_processor(config.init_from)
-    if config.start.decoder is not None:
-        return build_started(config)
+    if config.start.decoder is not None or config.start.encoder is not None:
+        return build_started(config, lambda: build_processor(config, mixture))
     processor = build_processor(config, mixture)
     return NMMForConditionalGeneration(model_config(config, processor)), processor

@@ -24,6 +24,8 @@ class ModelConfig:
     patch_size: int = 8
     image_size: int = 64
     tie_word_embeddings: bool = False
+    pool_image: bool = False
+    """Late fusion: one token an image, the encoder's pooled output."""
     num_experts: int = 8
     num_experts_per_tok: int = 1
     router: Literal["learned", "modality"] = "learned"
@@ -61,6 +63,8 @@ class StartConfig:
 
     decoder: str | None = None
     """A language model whose blocks are ours exactly; it brings its shape and its tokenizer."""
+    encoder: str | None = None
+    """CLIP or SigLIP, whole or its image side alone; it stands in for the ViT of family late."""
 
 
 @dataclass(kw_only=True)
@@ -160,10 +164,15 @@ class TrainConfig:
             )
 
     def _validate_start(self) -> None:
+        if self.model.pool_image and not self.model.family.startswith("late"):
+            raise ConfigError(f"model.pool_image needs an encoder and family {self.model.family!r} has none; use late")
+        given = [name for name in ("decoder", "encoder") if getattr(self.start, name) is not None]
+        if given and self.init_from is not None:
+            raise ConfigError(f"init_from brings a whole model, so start.{given[0]} has no place beside it; remove one")
+        if self.start.encoder is not None and self.model.family != "late":
+            raise ConfigError(f"start.encoder is an image encoder for model.family late, not {self.model.family!r}")
         if self.start.decoder is None:
             return
-        if self.init_from is not None:
-            raise ConfigError("init_from brings a whole model, so start.decoder has no place beside it; remove one")
         if self.model.family.endswith("moe"):
             raise ConfigError(
                 f"start.decoder holds a dense model and cannot start family {self.model.family!r}; "

@@ -39,7 +39,7 @@ def batch_work(config: NMMConfig, batch: Batch) -> dict[str, int]:
     labels = count_labels(batch)
     return {
         "tokens": sum(documents),
-        "image_tokens": sum(images),
+        "image_tokens": sum(map(config.image_tokens, images)),
         "labels": labels,
         "flops": training_flops(config, images, documents, logits=labels),
     }

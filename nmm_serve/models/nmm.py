@@ -21,7 +21,7 @@ from nmm_serve.kernels.moe import RouterTotals
 from nmm_serve.models.blocks import DecoderLayer, Experts, RMSNorm, RouterOutput, TokenMarks, rope_tables
 from nmm_serve.models.masks import attention_mask as build_mask
 from nmm_serve.models.masks import image_spans
-from nmm_serve.models.vision import PatchEmbed, PositionTable, VisionEncoder
+from nmm_serve.models.vision import PatchEmbed, PositionTable, build_encoder, image_tokens
 
 
 @dataclass
@@ -80,20 +80,19 @@ class NMMModel(NMMPreTrainedModel):
     def __init__(self, config: NMMConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.patch_embed = PatchEmbed(config)
+        if config.encoder is None or config.encoder.pretrained is None:
+            self.patch_embed = PatchEmbed(config)
         if config.encoder is not None:
-            self.vision = VisionEncoder(config.encoder)
+            self.vision = build_encoder(config.encoder)
             self.connector = nn.Linear(config.encoder.hidden_size, config.hidden_size, bias=False)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
 
     def image_tokens(self, pixel_values: torch.Tensor, image_grid: torch.Tensor) -> torch.Tensor:
-        """Raw patches [P, K] of images with `image_grid` [I, 2] rows and columns -> decoder inputs [P, D]."""
-        x_PD = self.patch_embed(pixel_values, image_grid)
-        if self.config.vision_config is not None:
-            x_PD = self.connector(self.vision(x_PD, image_grid))
-        return x_PD
+        """Raw patches [P, K] of images with `image_grid` [I, 2] rows and columns -> decoder inputs [P, D], or [I, D]
+        where images are pooled."""
+        return image_tokens(self, self.config, pixel_values, image_grid)
 
     def is_image(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Where the placeholders of patches are. Nowhere in a model without images."""
@@ -102,15 +101,18 @@ class NMMModel(NMMPreTrainedModel):
     def embed(self, input_ids: torch.Tensor, pixel_values=None, image_grid=None) -> torch.Tensor:
         """Token embeddings with the image tokens put in the place of their placeholders. [B, T, D]
 
-        Raises PromptError when the number of placeholders is not the number of patches: scattering anyway would
-        silently show the model the wrong image.
+        Raises PromptError when the number of placeholders is not that of image tokens: scattering anyway would silently
+        show the model the wrong image.
         """
         x_BTD = self.embed_tokens(input_ids)
         is_image_BT = self.is_image(input_ids)
-        num_slots, num_patches = int(is_image_BT.sum()), 0 if pixel_values is None else pixel_values.shape[0]
-        if num_slots != num_patches:
+        num_slots, num_given = int(is_image_BT.sum()), 0
+        if pixel_values is not None:
+            num_given = len(image_grid) if self.config.pool_image else pixel_values.shape[0]
+        if num_slots != num_given:
+            given = f"{num_given} pooled images" if self.config.pool_image else f"its images give {num_given} patches"
             raise PromptError(
-                f"the prompt has {num_slots} image tokens but its images give {num_patches} patches; "
+                f"the prompt has {num_slots} image tokens but {given}; "
                 "build both with the processor, and give one <|image|> for each image"
             )
         if pixel_values is None:
@@ -184,8 +186,9 @@ class NMMForConditionalGeneration(NMMPreTrainedModel, GenerationMixin):
         return self.lm_head
 
     def get_image_features(self, pixel_values: torch.Tensor, image_grid: torch.Tensor) -> list[torch.Tensor]:
-        """One [rows*cols, D] tensor an image."""
-        return list(self.model.image_tokens(pixel_values, image_grid).split(image_grid.prod(-1).tolist()))
+        """One [tokens, D] tensor an image."""
+        lengths = [self.config.image_tokens(patches) for patches in image_grid.prod(-1).tolist()]
+        return list(self.model.image_tokens(pixel_values, image_grid).split(lengths))
 
     def forward(
         self,

@@ -69,6 +69,28 @@ class VisionEncoder(nn.Module):
         return x_IRD.flatten(0, 1) if mask_I1RR is None else x_IRD[real_IR]
 
 
+def build_encoder(config) -> nn.Module:
+    """Our ViT, or the encoder of transformers that the config names."""
+    if config.pretrained is None:
+        return VisionEncoder(config)
+    from nmm_serve.models.pretrained_vision import PretrainedEncoder
+
+    return PretrainedEncoder(config)
+
+
+def image_tokens(front, config, pixels_PK: torch.Tensor, grid_I2: torch.Tensor) -> torch.Tensor:
+    """Patches to decoder inputs through the modules of `front`, a model of any engine: [P, D], or [I, D] where images
+    are pooled."""
+    if config.encoder is None:
+        return front.patch_embed(pixels_PK, grid_I2)
+    if config.encoder.pretrained is not None:
+        return front.connector(front.vision(pixels_PK, grid_I2, config.pool_image))
+    x_PD = front.vision(front.patch_embed(pixels_PK, grid_I2), grid_I2)
+    if config.pool_image:
+        x_PD = torch.stack([x_RD.mean(0) for x_RD in x_PD.split(grid_I2.prod(-1).tolist())])
+    return front.connector(x_PD)
+
+
 def patchify(pixels_HWC: torch.Tensor, patch_size: int) -> torch.Tensor:
     """uint8 [H, W, 3] -> float32 [rows*cols, patch_size*patch_size*3] in [-1, 1], patches in reading order.
 

@@ -29,7 +29,8 @@ def export(checkpoint: str | Path, out: str | Path, quantization: Quantization =
     Raises:
         CheckpointError: `checkpoint` is not one of our checkpoints.
         ConfigError: an unknown quantisation, or `out` is something else than an earlier export.
-        EngineError: onnx or onnxruntime is missing, or the exported model differs from torch; nothing is written then.
+        EngineError: onnx or onnxruntime is missing, there is no graph for the image encoder, or the exported model
+            differs from torch; nothing is written then.
     """
     if quantization not in QUANTIZATIONS:
         raise ConfigError(unknown_name("quantisation", quantization, QUANTIZATIONS))
@@ -50,6 +51,9 @@ def export(checkpoint: str | Path, out: str | Path, quantization: Quantization =
 
     processor = load_processor(checkpoint)
     model = load_model(checkpoint, torch.float32)
+    if (encoder := model.config.encoder) is not None and (encoder.pretrained is not None or model.config.pool_image):
+        what = "an encoder of transformers" if encoder.pretrained is not None else "pooled images"
+        raise EngineError(f"{checkpoint} has {what}, which the exporter has no graph for; serve it with vllm or torch")
     weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     fields = described(model.config, quantization) | {
         "checkpoint_sha256": checkpoint_hash(checkpoint),

@@ -44,7 +44,7 @@ from vllm.sequence import IntermediateTensors
 from nmm_serve.chat import IMAGE
 from nmm_serve.kernels.moe import moe_mlp
 from nmm_serve.models.blocks import Experts
-from nmm_serve.models.vision import PatchEmbed, VisionEncoder
+from nmm_serve.models.vision import PatchEmbed, build_encoder, image_tokens
 from nmm_serve.vllm_plugin.moe_choice import Choice, ExpertsLayer, choose
 from nmm_serve.vllm_plugin.processing import NMMDummyInputsBuilder, NMMMultiModalProcessor, NMMProcessingInfo
 
@@ -271,9 +271,10 @@ class NMMForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP):
         config = vllm_config.model_config.hf_config
         self.config = config
         with self._mark_tower_model(vllm_config, "image"):
-            self.patch_embed = PatchEmbed(config)
+            if config.encoder is None or config.encoder.pretrained is None:
+                self.patch_embed = PatchEmbed(config)
             if config.vision_config is not None:
-                self.vision = VisionEncoder(config.vision_config)
+                self.vision = build_encoder(config.encoder)
                 self.connector = nn.Linear(config.vision_config.hidden_size, config.hidden_size, bias=False)
         with self._mark_language_model(vllm_config):
             self.model = NMMDecoder(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
@@ -301,15 +302,13 @@ class NMMForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP):
         return IMAGE if modality == "image" else None
 
     def embed_multimodal(self, **kwargs: Any) -> MultiModalEmbeddings:
-        """One [rows*cols, D] tensor an image."""
+        """One [tokens, D] tensor an image."""
         if not kwargs:
             return []
         pixel_values, image_grid = kwargs["pixel_values"], kwargs["image_grid"]
         grid_I2 = image_grid.to(pixel_values.device)
-        x_PD = self.patch_embed(pixel_values, grid_I2)
-        if self.config.vision_config is not None:
-            x_PD = self.connector(self.vision(x_PD, grid_I2))
-        return x_PD.split(image_grid.prod(-1).tolist())
+        lengths = [self.config.image_tokens(patches) for patches in image_grid.prod(-1).tolist()]
+        return image_tokens(self, self.config, pixel_values, grid_I2).split(lengths)
 
     def forward(
         self,

@@ -4,7 +4,21 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+    SiglipVisionModel,
+)
 
 WORDS = ["what is the colour of the circle ? red green blue", "describe the image . a large square and a small circle"]
 SHAPE = {
@@ -34,4 +48,31 @@ def write_language_model(path: Path, kind=LLAMA, specials: tuple[str, ...] = ("<
         for parameter in model.parameters():
             parameter.normal_(0, 0.1) if parameter.dim() > 1 else parameter.uniform_(0.5, 1.5)
     model.save_pretrained(path)
+    return path
+
+
+TOWER = {
+    "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32,
+    "patch_size": 8,
+}  # fmt: skip
+TEXT = {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64,
+}  # fmt: skip
+ENCODERS = {
+    "clip": (CLIPConfig, CLIPModel, CLIPVisionModel, CLIPImageProcessor),
+    "siglip": (SiglipConfig, SiglipModel, SiglipVisionModel, SiglipImageProcessor),
+}
+
+
+def write_encoder(path: Path, kind: str, whole: bool = True, **fields) -> Path:
+    """CLIP or SigLIP with its image processor, or its image side alone."""
+    config_class, model_class, tower_class, images_class = ENCODERS[kind]
+    torch.manual_seed(0)
+    config = config_class(text_config=TEXT, vision_config=TOWER | fields)
+    model = model_class(config) if whole else tower_class(config.vision_config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.2) if parameter.dim() > 1 else parameter.uniform_(-0.5, 1.5)
+    model.save_pretrained(path)
+    images_class().save_pretrained(path)
     return path

@@ -1,49 +1,82 @@
 """A new model whose parts are taken from elsewhere."""
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from nmm_serve.config import NMMConfig
 from nmm_serve.errors import ConfigError
 from nmm_serve.image_processor import NMMImageProcessor
 from nmm_serve.models import NMMForConditionalGeneration
+from nmm_serve.presets import preset
 from nmm_serve.processor import NMMProcessor
 from nmm_serve.tokenizer import token_ids
 from nmm_serve.train.config import TrainConfig
 from nmm_serve.train.start.decoder import decoder_fields, grow, read_decoder_config, read_decoder_weights
+from nmm_serve.train.start.encoder import read_encoder
 from nmm_serve.train.start.tokenizer import adopt_tokenizer
 
 
-def build_started(config: TrainConfig) -> tuple[NMMForConditionalGeneration, NMMProcessor]:
+def build_started(
+    config: TrainConfig, new_processor: Callable[[], NMMProcessor]
+) -> tuple[NMMForConditionalGeneration, NMMProcessor]:
     """The model of `start`, its other parts from scratch.
 
-    A late model without an encoder of its own gets the paper's: half the decoder's width, the same depth.
+    Without `start.decoder` the preset gives the decoder's shape and `new_processor` the tokenizer. A late model without
+    `start.encoder` gets the paper's: half the decoder's width, the same depth.
 
     Raises ConfigError for a directory that is missing, damaged or of another kind.
     """
-    path = config.start.decoder
-    assert path is not None
-    theirs = read_decoder_config(path)
-    if config.context_length > theirs.max_position_embeddings:
-        raise ConfigError(
-            f"context_length {config.context_length} is over max_position_embeddings "
-            f"{theirs.max_position_embeddings} of {path}; lower it"
-        )
-    tokenizer, new = adopt_tokenizer(path)
-    fields = decoder_fields(theirs) | token_ids(tokenizer)
-    size = max(theirs.vocab_size, len(tokenizer))
-    fields["vocab_size"] = -(-size // 64) * 64  # a multiple of 64 keeps the output layer on the fast paths
-    if config.model.family == "late":
-        width = max(32, round(theirs.hidden_size / 64) * 32)
-        fields["vision_config"] = {"hidden_size": width, "num_hidden_layers": theirs.num_hidden_layers}
+    fields: dict[str, Any]
+    if config.start.decoder is not None:
+        fields, weights, tokenizer = start_decoder(config.start.decoder, config.context_length)
+    else:
+        shape, tokenizer, weights = preset(config.model.preset), new_processor().tokenizer, {}
+        fields = {
+            "vocab_size": round_up(len(tokenizer)),
+            "hidden_size": shape.hidden_size,
+            "intermediate_size": shape.intermediate_size,
+            "num_hidden_layers": shape.num_hidden_layers,
+            "max_position_embeddings": config.context_length,
+            "tie_word_embeddings": config.model.tie_word_embeddings,
+        }
+    spec = config.model
+    if config.start.encoder is not None:
+        fields["vision_config"], tower = read_encoder(config.start.encoder, spec.patch_size, spec.image_size)
+        weights |= tower
+    elif spec.family == "late":
+        width = max(32, round(fields["hidden_size"] / 64) * 32)
+        fields["vision_config"] = {"hidden_size": width, "num_hidden_layers": fields["num_hidden_layers"]}
+    images = {"patch_size": spec.patch_size, "image_size": spec.image_size, "pool_image": spec.pool_image}
     try:
-        built = NMMConfig(patch_size=config.model.patch_size, image_size=config.model.image_size, **fields)
+        built = NMMConfig(**fields, **images, **token_ids(tokenizer))
     except (ValueError, StrictDataclassError) as error:
-        raise ConfigError(f"start.decoder: {path}: {str(error.__cause__ or error).splitlines()[-1].strip()}") from error
+        raise ConfigError(f"start: {str(error.__cause__ or error).splitlines()[-1].strip()}") from error
     model = NMMForConditionalGeneration(built)
-    weights = read_decoder_weights(path, theirs)
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        weights[name] = grow(weights[name], built.vocab_size, new)
     _, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected
-    images = NMMImageProcessor(patch_size=built.patch_size, image_size=built.image_size)
-    return model, NMMProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
+    processor = NMMProcessor(NMMImageProcessor(**images), tokenizer, chat_template=tokenizer.chat_template)
+    return model, processor
+
+
+def start_decoder(path: str, context_length: int) -> tuple[dict[str, Any], dict[str, torch.Tensor], Any]:
+    """Config fields, weights and tokenizer of a language model, with rows for our special tokens."""
+    theirs = read_decoder_config(path)
+    if context_length > theirs.max_position_embeddings:
+        raise ConfigError(
+            f"context_length {context_length} is over max_position_embeddings {theirs.max_position_embeddings} of "
+            f"{path}; lower it"
+        )
+    tokenizer, new = adopt_tokenizer(path)
+    size = round_up(max(theirs.vocab_size, len(tokenizer)))
+    weights = read_decoder_weights(path, theirs)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = grow(weights[name], size, new)
+    return decoder_fields(theirs) | {"vocab_size": size}, weights, tokenizer
+
+
+def round_up(tokens: int) -> int:
+    """A multiple of 64 keeps the output layer on the fast paths."""
+    return -(-tokens // 64) * 64

@@ -18,7 +18,7 @@ def started(path, **model):
         "start": {"decoder": str(path)}, "optimizer": {"lr": 1e-3}, "context_length": 128, "model": model,
         "data": {"sources": [{"kind": "builtin", "which": "text"}]},
     }  # fmt: skip
-    model, processor = build_started(config_from(values))
+    model, processor = build_started(config_from(values), pytest.fail)
     return model.eval(), processor
 
 
