@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,8 @@ from nmm_serve.errors import DataError, ImageError, NMMError
 from nmm_serve.images import load_image
 
 FOLDER = "answers"
+SYNC_S = 1.0
+"""A machine that loses power loses no more than the answers of so many seconds; a killed process loses none."""
 _SPEED_ONLY = frozenset({
     "threads", "batch_size", "concurrency", "max_num_seqs", "max_num_batched_tokens", "kv_cache_tokens",
     "prefix_caching", "image_cache", "use_cache", "enforce_eager",
@@ -70,6 +73,7 @@ class Answers:
         self._file_digests: dict[Path, str] = {}
         self._kept: dict[str, Answer] = {}
         self._file: BinaryIO | None = None
+        self._synced_s = 0.0
         self.path: Path | None = None
         self.reused = 0
         if model is None:
@@ -92,6 +96,7 @@ class Answers:
 
     def __exit__(self, *exc: object) -> None:
         if self._file is not None:
+            self._sync(self._file)
             self._file.close()
 
     def _read(self, file: BinaryIO) -> None:
@@ -144,23 +149,23 @@ class Answers:
     def complete(
         self,
         items: Sequence[tuple[str | None, Any]],
-        ask: Callable[[list[int]], Sequence[Any]],
-        chunk_size: int,
+        ask: Callable[[list[int]], Iterable[tuple[int, Any]]],
         progress: Callable[[int], None],
         order: Callable[[int], int] = lambda _: 0,
     ) -> list[Any]:
         """Answers in the order of `items`, which are (key, id): those that were kept, and what `ask` gives for the
-        positions of the others. It is called with `chunk_size` of them, sorted by `order`, and what it gives is on disk
-        before it is called again. `progress` is told of those that were kept.
+        others.
+
+        It is called once with their positions, sorted by `order`, and gives (index into them, answer) as answers come,
+        each of which is written down before the next is taken. `progress` is told of those that were kept.
         """
         answers: list[Any] = [self.get(key) for key, _ in items]
         waiting = sorted((i for i, answer in enumerate(answers) if answer is None), key=order)
         progress(len(items) - len(waiting))
-        for start in range(0, len(waiting), chunk_size):
-            chunk = waiting[start : start + chunk_size]
-            for i, answer in zip(chunk, ask(chunk), strict=True):
-                answers[i] = answer
-            self.add([(*items[i], answers[i]) for i in chunk])
+        for index, answer in ask(waiting) if waiting else ():
+            position = waiting[index]
+            answers[position] = answer
+            self.add([(*items[position], answer)])
         return answers
 
     def get(self, key: str | None) -> Answer | None:
@@ -184,8 +189,13 @@ class Answers:
             lines.append(json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
         if lines and self._file is not None:
             self._file.write(b"".join(lines))
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self._file.flush()  # outlives this process
+            if time.monotonic() - self._synced_s >= SYNC_S:
+                self._sync(self._file)
+
+    def _sync(self, file: BinaryIO) -> None:
+        os.fsync(file.fileno())  # outlives the machine
+        self._synced_s = time.monotonic()
 
 
 def _answer(fields: dict[str, Any]) -> Answer:

@@ -8,7 +8,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -399,11 +399,15 @@ class NMM(TemplateLM):
         good = [i for i, request in enumerate(asked) if not isinstance(request, NMMError)]
         self.requests += len(good)
         progress(len(asked) - len(good))
+
+        def in_chunks(waiting: list[int]) -> Iterator[tuple[int, Any]]:
+            for start in range(0, len(waiting), self.chunk_size):
+                chunk = [asked[good[k]] for k in waiting[start : start + self.chunk_size]]
+                yield from zip(range(start, start + len(chunk)), ask(chunk), strict=True)
+
         answers = self.kept.complete(
-            [self._keyed(asked[i], owners[i]) for i in good],
-            lambda chunk: ask([asked[good[k]] for k in chunk]),
-            self.chunk_size, progress, lambda k: order(asked[good[k]]),
-        )  # fmt: skip
+            [self._keyed(asked[i], owners[i]) for i in good], in_chunks, progress, lambda k: order(asked[good[k]])
+        )
         for i, answer in zip(good, answers, strict=True):
             results[i] = answer
         return results

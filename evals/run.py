@@ -6,24 +6,23 @@ the numbers over the items that did come back stand under `answered_only`, which
 Answers are kept on disk as they come (`evals/answers.py`): a run that was killed goes on when it is started again.
 """
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nmm_serve.engines import default_engine, open_engine
-from nmm_serve.engines.base import Engine, Output, Request, SamplingParams
-from nmm_serve.errors import ImageError, NMMError
+from nmm_serve.engines.base import Engine, Output
+from nmm_serve.errors import NMMError
 from nmm_serve.evals import caption, latency, text, vqa
 from nmm_serve.evals.answers import Answers, identity
+from nmm_serve.evals.asking import ask
 from nmm_serve.evals.datasets import CaptionSet, Files, Id, Question, VQASet, load_captions, load_vqa
 from nmm_serve.evals.latency import Load
 from nmm_serve.evals.records import Record, check_place, new_record, publish, write_record
 from nmm_serve.evals.samples import CARRIED, by_hash, thumbnail
 from nmm_serve.evals.text import TextOptions, TextTasks
-from nmm_serve.images import load_image
 
 VQA_PROMPT = "{question}"
 CAPTION_PROMPT = "Describe the image."
@@ -38,10 +37,6 @@ _LEAST_DEFAULT = 16
 
 StartTask = Callable[[str, int], Callable[[int], None]]
 """Called with a task's name and its number of items; gives back what to call with each count of finished ones."""
-
-
-Sample = tuple[Id, Path, str]
-"""Item id, image file, prompt."""
 
 
 def _no_progress(_name: str, _total: int) -> Callable[[int], None]:
@@ -61,7 +56,7 @@ class Options:
     at_once: int | None = None
     """Requests that the engine runs at once; None leaves it to the engine."""
     chunk_size: int | None = None
-    """Requests handed to the engine in one call; no other images are in memory, and a kill loses no more than these.
+    """Requests of a text task handed to the engine in one call; a kill loses no more than these.
     Default: 8 x `at_once`, or 128."""
     seed: int = 0
     load: Load = field(default_factory=Load)
@@ -203,74 +198,12 @@ def failures(record: Record) -> list[str]:
     return lines
 
 
-class _Saturation:
-    """How much of the time between the first question and the last answer the engine ran a full batch."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._full_s = getattr(engine, "full_s", None)
-        self._start_s = time.perf_counter()
-
-    def section(self) -> dict[str, Any]:
-        wall_s = time.perf_counter() - self._start_s
-        if self._full_s is None:
-            reason = f"the {self._engine.name} engine does not tell how many requests ran in each step"
-            return {"asking_s": wall_s, "full_batch_share": None, "full_batch_reason": reason}
-        full_s = self._engine.full_s - self._full_s  # type: ignore[attr-defined]
-        return {"asking_s": wall_s, "full_batch_share": full_s / wall_s}
-
-
-def ask(
-    engine: Engine,
-    samples: Sequence[Sample],
-    max_tokens: int,
-    chunk_size: int,
-    progress: Callable[[int], None],
-    kept: Answers,
-) -> dict[Id, Output]:
-    """Greedy answers by item id; what was kept from an earlier run is not asked again.
-
-    Only one chunk of images is in memory at a time, and its answers are on disk before the next one is asked. An image
-    that cannot be read becomes a failed answer like a request that failed in the engine.
-    """
-    sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
-    asked = {"decoding": asdict(sampling)}
-    items = [(kept.key("generate", asked | {"text": words}, [image]), item_id) for item_id, image, words in samples]
-    answers = kept.complete(
-        items,
-        lambda chunk: _answer_chunk(engine, [samples[i] for i in chunk], sampling, progress),
-        chunk_size,
-        progress,
-    )
-    return {item_id: answer for (_, item_id), answer in zip(items, answers, strict=True)}
-
-
-def _answer_chunk(
-    engine: Engine, chunk: Sequence[Sample], sampling: SamplingParams, progress: Callable[[int], None]
-) -> list[Output]:
-    requests: list[Request] = []
-    unreadable: dict[int, Output] = {}
-    for position, (_, image_file, words) in enumerate(chunk):
-        content = [{"type": "image"}, {"type": "text", "text": words}]
-        try:
-            image = load_image(image_file)
-        except ImageError as error:
-            unreadable[position] = Output(text="", finish_reason="error", error=str(error))
-            continue
-        requests.append(Request(messages=[{"role": "user", "content": content}], images=(image,), sampling=sampling))
-    progress(len(unreadable))
-    outputs = iter(engine.generate(requests, progress) if requests else [])
-    return [unreadable[position] if position in unreadable else next(outputs) for position in range(len(chunk))]
-
-
 def _run_vqa(
     engine: Engine, data: VQASet, options: Options, kept: Answers, items: list[dict[str, Any]], start_task: StartTask
 ) -> dict[str, Any]:
     progress = start_task("vqa", len(data.questions))
     samples = [(q.question_id, q.image, VQA_PROMPT.format(question=q.text)) for q in data.questions]
-    saturation = _Saturation(engine)
-    answers = ask(engine, samples, VQA_MAX_TOKENS, options.chunk, progress, kept)
-    speed = saturation.section()
+    answers, speed = ask(engine, samples, VQA_MAX_TOKENS, progress, kept)
     good = [q for q in data.questions if answers[q.question_id].error is None]
     scored = vqa.score(good, {q.question_id: answers[q.question_id].text.strip() for q in good}) if good else None
     per_question = {item["question_id"]: item for item in scored.items()} if scored else {}
@@ -355,9 +288,7 @@ def _run_caption(
 ) -> dict[str, Any]:
     progress = start_task("caption", len(data.images))
     samples = [(i.image_id, i.image, CAPTION_PROMPT) for i in data.images]
-    saturation = _Saturation(engine)
-    answers = ask(engine, samples, CAPTION_MAX_TOKENS, options.chunk, progress, kept)
-    speed = saturation.section()
+    answers, speed = ask(engine, samples, CAPTION_MAX_TOKENS, progress, kept)
     good = [i for i in data.images if answers[i.image_id].error is None]
     scored = None
     if good:

@@ -4,14 +4,20 @@ Every engine takes the same requests and gives the same outputs. The torch engin
 oracle; the others are tested against it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from PIL import Image
 
+from nmm_serve.engines.occupancy import Occupancy
+
 Progress = Callable[[int], None]
 """Called with the number of requests that have finished since the last call."""
+CHUNK_BATCHES = 8
+"""Batches in a chunk, for engines that answer in chunks: a batch that is not full comes once in so many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +41,12 @@ class Request:
     `messages` are in the OpenAI shape: `{"role": ..., "content": str | [parts]}` with parts
     `{"type": "text", "text": ...}` and `{"type": "image"}`. A raw `prompt` is text that marks each image with
     `<|image|>`, or token ids, taken as they are, with one id of `<|image|>` for each image. `images` are taken in the
-    order in which they appear.
+    order in which they appear. A file is read when the request's turn comes; one that cannot be read fails the request.
     """
 
     messages: Sequence[dict[str, Any]] | None = None
     prompt: str | Sequence[int] | None = None
-    images: Sequence[Image.Image] = ()
+    images: Sequence[Image.Image | Path] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
     def __post_init__(self) -> None:
@@ -123,6 +129,13 @@ class Engine(Protocol):
         """Answer every request, in order. A request that fails is an Output with `error`, never an exception."""
         ...
 
+    def stream(self, requests: Iterable[Request], occupancy: Occupancy) -> Iterator[tuple[int, Output]]:
+        """Answer requests as they come, however many: (position, output) of each as soon as it is there, in any order.
+
+        No more are taken from `requests` than the engine needs to be kept busy. `occupancy` is told how full it was.
+        """
+        ...
+
     def loglikelihood(self, requests: Sequence[ScoreRequest], progress: Progress | None = None) -> list[Score]:
         """Score every continuation, in order."""
         ...
@@ -132,3 +145,21 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class InChunks:
+    """`stream` for an engine that works on lists: chunk after chunk, each waiting for the last of the one before.
+
+    The engine gives its `name`, `generate` and, as `batch_size`, the requests that it runs at once.
+    """
+
+    name: str
+    batch_size = 16
+
+    def stream(self, requests: Iterable[Request], occupancy: Occupancy) -> Iterator[tuple[int, Output]]:
+        occupancy.unknown(f"the {self.name} engine does not tell how many requests ran in each step")
+        rest, done = iter(requests), 0
+        while chunk := list(islice(rest, CHUNK_BATCHES * self.batch_size)):
+            yield from enumerate(self.generate(chunk), done)  # type: ignore[attr-defined]
+            done += len(chunk)
+        occupancy.end()

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from nmm_serve.engines.base import Output, Progress, Request, Score, ScoreRequest
+from nmm_serve.engines.base import InChunks, Output, Progress, Request, Score, ScoreRequest
 from nmm_serve.engines.decoding import Decoding, check_room, log_softmax
 from nmm_serve.errors import ConfigError, ImageError, PromptError
 from nmm_serve.onnx.runtime import Runtime
 from nmm_serve.prompt import Prompt, TokenizerFile
 
 
-class OnnxEngine:
+class OnnxEngine(InChunks):
     """An exported model.
 
     Args:

@@ -10,15 +10,19 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from PIL import Image
 
 from nmm_serve.engines.base import Output, Progress, Request, SamplingParams, Score, ScoreRequest, Timing
+from nmm_serve.engines.occupancy import Occupancy
 from nmm_serve.errors import ConfigError, EngineError, ImageError, PromptError, unknown_name
 from nmm_serve.images import load_image
 
@@ -104,6 +108,17 @@ class OpenAIEngine:
     def generate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Output]:
         return self._in_parallel(self._answer, requests, progress)
 
+    def stream(self, requests: Iterable[Request], occupancy: Occupancy) -> Iterator[tuple[int, Output]]:
+        """`concurrency` requests are in flight until the last one is sent."""
+        occupancy.start(self.concurrency, "the client: requests in flight; what the server does with them is not seen")
+
+        def answer(item: tuple[int, Request]) -> tuple[int, Output]:
+            position, request = item
+            return position, self._answer(request, occupancy)
+
+        yield from self._as_they_end(answer, enumerate(requests))
+        occupancy.end()
+
     def loglikelihood(self, requests: Sequence[ScoreRequest], progress: Progress | None = None) -> list[Score]:
         """Raises EngineError for a context with images (the completions API takes none) and for a server that does
         not give the log-probabilities of a prompt."""
@@ -119,14 +134,25 @@ class OpenAIEngine:
     # ---- requests
 
     def _in_parallel(self, work: Callable[[Any], T], items: Sequence[Any], progress: Progress | None) -> list[T]:
-        pool = ThreadPoolExecutor(min(self.concurrency, len(items)) or 1, thread_name_prefix="openai-engine")
+        results: dict[int, T] = {}
+        for position, result in self._as_they_end(lambda item: (item[0], work(item[1])), enumerate(items)):
+            results[position] = result
+            if progress:
+                progress(1)
+        return [results[position] for position in range(len(items))]
+
+    def _as_they_end(self, work: Callable[[Any], T], items: Iterable[Any]) -> Iterator[T]:
+        """Results in the order in which they come. An unexpected error ends the whole call."""
+        pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="openai-engine")
+        rest = iter(items)
+        # one waits behind each that is in flight, so that a thread never has to
+        working = {pool.submit(work, item) for item in islice(rest, 2 * self.concurrency)}
         try:
-            futures: list[Future[T]] = [pool.submit(work, item) for item in items]
-            for done in as_completed(futures):
-                done.result()  # an unexpected error ends the whole call
-                if progress:
-                    progress(1)
-            return [future.result() for future in futures]
+            while working:
+                done, working = wait_for(working, return_when=FIRST_COMPLETED)
+                working |= {pool.submit(work, item) for item in islice(rest, len(done))}
+                for future in done:
+                    yield future.result()
         except BaseException:
             self.stopping.set()  # no thread starts another attempt
             raise
@@ -134,11 +160,12 @@ class OpenAIEngine:
             pool.shutdown(cancel_futures=True)
             self.stopping.clear()
 
-    def _answer(self, request: Request) -> Output:
+    def _answer(self, request: Request, occupancy: Occupancy | None = None) -> Output:
         try:
             endpoint, body = self._body(request)
-            begin = time.perf_counter()
-            return self._persist(lambda: self._stream(endpoint, body, begin))
+            with occupancy.in_flight() if occupancy else nullcontext():
+                begin = time.perf_counter()
+                return self._persist(lambda: self._stream(endpoint, body, begin))
         except (PromptError, ImageError, EngineError) as error:
             return Output(text="", finish_reason="error", error=str(error))
 

@@ -11,7 +11,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from nmm_serve.checkpoint import load_model, load_processor
-from nmm_serve.engines.base import Output, Progress, Request, SamplingParams, Score, ScoreRequest
+from nmm_serve.engines.base import InChunks, Output, Progress, Request, SamplingParams, Score, ScoreRequest
 from nmm_serve.engines.decoding import Decoding, check_room
 from nmm_serve.errors import ConfigError, ImageError, PromptError, unknown_name
 from nmm_serve.image_processor import takes_raw_pixels
@@ -41,7 +41,7 @@ class Timed:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class TorchEngine:
+class TorchEngine(InChunks):
     """Static batches, left padding, a dynamic KV cache.
 
     Args:

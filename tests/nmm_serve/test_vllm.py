@@ -1,9 +1,11 @@
 """The vLLM engine on one checkpoint: answers, errors, scores, and the prompts that its server would render."""
 
+import os
 import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +18,9 @@ from PIL import Image
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from nmm_serve.engines.base import Engine, Request, SamplingParams, ScoreRequest
+from nmm_serve.engines.occupancy import Occupancy
 from nmm_serve.engines.torch import TorchEngine
-from nmm_serve.engines.vllm import VLLMEngine
+from nmm_serve.engines.vllm import LOOK_AHEAD, VLLMEngine
 from nmm_serve.errors import EngineError, PromptError
 from nmm_serve.models.masks import attention_mask, image_spans
 
@@ -104,13 +107,79 @@ def test_outputs_carry_what_the_protocol_says(early, oracle):
     assert 0 < timing.preprocess_s < timing.ttft_s == timing.token_s[0] <= timing.token_s[-1] == timing.e2e_s
 
 
-def test_time_with_a_full_batch_is_counted(early):
-    request = Request(prompt="what is", sampling=SamplingParams(max_tokens=4, ignore_eos=True))
-    before = early.full_s
-    early.generate([request])
-    assert early.full_s == before
-    early.generate([request] * early.max_num_seqs)
-    assert early.full_s > before
+def test_a_stream_answers_like_a_list(early):
+    requests = [*parity_requests(), Request(prompt="<|image|>", images=[Path("nowhere.png")])] * 2
+    expected = early.generate(requests)
+    outputs = dict(early.stream(iter(requests), Occupancy()))
+    assert sorted(outputs) == list(range(len(requests)))
+    unclocked = [replace(outputs[i], timing=expected[i].timing) for i in range(len(requests))]
+    assert unclocked == expected
+    errors = [output.error for output in expected if output.error]
+    assert errors == ["nowhere.png: no such file"] * 2
+
+
+def test_a_stream_keeps_the_batch_full_and_takes_no_more_than_it_needs(early):
+    taken = 0
+
+    def requests():
+        nonlocal taken
+        for i in range(5 * early.max_num_seqs):
+            taken += 1
+            yield Request(prompt="what is", sampling=SamplingParams(max_tokens=2 + i % 3, ignore_eos=True))
+
+    occupancy = Occupancy()
+    answered = 0
+    for _ in early.stream(requests(), occupancy):
+        answered += 1
+        assert taken <= answered + (1 + LOOK_AHEAD) * early.max_num_seqs
+    assert answered == taken
+    speed = occupancy.section()
+    assert 0.5 < speed["steady_full_batch_share"] <= 1
+    assert 0 < speed["full_batch_share"] < 1
+    assert speed["full_batch"]["limit"] == early.max_num_seqs
+
+    for _ in early.stream([Request(prompt="x")], occupancy := Occupancy()):
+        pass
+    assert occupancy.section()["full_batch_share"] == 0
+    assert occupancy.section()["steady_full_batch_share"] is None
+
+
+def test_a_stream_that_is_left_early_leaves_nothing_behind(early, oracle):
+    request = Request(prompt="what is", sampling=SamplingParams(max_tokens=30, ignore_eos=True))
+    stream = early.stream(iter([request] * 40), Occupancy())
+    next(stream)
+    stream.close()
+    assert not early.engine.has_unfinished_requests()
+    assert_parity(oracle, early, parity_requests()[:3])
+
+
+def test_prompts_are_those_that_vllm_would_make(early):
+    images = [noise_image(5, 60, 40), noise_image(6, 33, 90)]
+    mark = early.processor.image_token_id
+    for count in (1, 2):
+        ids = [1, *[9, mark] * count, 7]
+        prompt = {"prompt_token_ids": ids, "multi_modal_data": {"image": images[:count]}}
+        (expected,) = early.llm.renderer.render_cmpl([prompt])
+        actual = early.prompts.make(ids, [early.prompts.patches(image) for image in images[:count]])
+        assert actual.keys() == expected.keys() - {"arrival_time"}
+        for name in ("type", "prompt_token_ids", "mm_placeholders"):
+            assert actual[name] == expected[name]
+        for ours, theirs in zip(actual["mm_kwargs"]["image"], expected["mm_kwargs"]["image"], strict=True):
+            assert ours.keys() == theirs.keys()
+            for name, element in theirs.items():
+                assert type(ours[name].field) is type(element.field)
+                assert ours[name].field.keep_on_cpu == element.field.keep_on_cpu
+                torch.testing.assert_close(ours[name].data, element.data, rtol=0, atol=0)
+
+
+def test_an_image_file_that_changed_is_read_again(early, tmp_path):
+    file = tmp_path / "a.png"
+    digests = []
+    for seed in (1, 1, 2):
+        noise_image(seed, 64, 64).save(file)
+        os.utime(file, ns=(0, len(digests)))
+        digests.append(early.prompts.patches(file).digest)
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_stop_strings_and_end_token(early, oracle):

@@ -7,18 +7,21 @@ from typing import Any
 
 from PIL import Image
 
-from nmm_serve.engines.base import Output, Progress, Request, Score, ScoreRequest, Timing
+from nmm_serve.engines.base import InChunks, Output, Progress, Request, Score, ScoreRequest, Timing
+from nmm_serve.errors import ImageError
+from nmm_serve.images import load_image
 
 Answer = Callable[[Request], Output]
 
 
-class FakeEngine:
+class FakeEngine(InChunks):
     """Answers by a function of the request. Keeps the sizes of the batches it was given."""
 
     name = "fake"
 
-    def __init__(self, answer: Answer, model: str = "fake-model") -> None:
+    def __init__(self, answer: Answer, model: str = "fake-model", batch_size: int = 1) -> None:
         self.model = model
+        self.batch_size = batch_size
         self._answer = answer
         self.batches: list[int] = []
         self.closed = False
@@ -27,7 +30,10 @@ class FakeEngine:
         self.batches.append(len(requests))
         outputs = []
         for request in requests:
-            outputs.append(says("") if request.messages is None else self._answer(request))  # a text task's prompt
+            try:
+                outputs.append(says("") if request.messages is None else self._answer(request))  # a text task's prompt
+            except ImageError as error:
+                outputs.append(failed(str(error)))
             if progress:
                 progress(1)
         return outputs
@@ -54,7 +60,7 @@ def prompt_text(request: Request) -> str:
 
 def image_tag(request: Request) -> int:
     """The red value of the image's middle pixel: `write_dataset` paints each image with its own."""
-    (image,) = request.images
+    image = load_image(*request.images)
     red = image.getpixel((image.width // 2, image.height // 2))
     assert isinstance(red, tuple)
     return int(red[0])
