@@ -1,7 +1,7 @@
 """The transformer block that the decoder and the ViT share: pre-norm attention with QK-norm, SwiGLU or experts.
 
 Legend: B batch, T tokens, S keys, D hidden size, H query heads, G key/value heads, C head size, F feed-forward size,
-N = B*T, E experts.
+N = B*T, E experts. A `mask` is a tensor [B, 1, T, S] or `DocumentMasks`.
 """
 
 from typing import NamedTuple
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nmm_serve.kernels.moe import RouterStats, modality_logits, moe_mlp
+from nmm_serve.models.masks import DocumentMasks
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 
@@ -43,6 +44,19 @@ def apply_rope(x_BHTC: torch.Tensor, rope: Rope) -> torch.Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+def attend(q_BHTC, k_BGSC, v_BGSC, mask: torch.Tensor | DocumentMasks | None) -> torch.Tensor:
+    """Softmax attention, [B, H, T, C]; with `DocumentMasks` each document by itself."""
+    if not isinstance(mask, list):
+        gqa = q_BHTC.shape[1] != k_BGSC.shape[1]
+        return F.scaled_dot_product_attention(q_BHTC, k_BGSC, v_BGSC, attn_mask=mask, enable_gqa=gqa)
+    rows = []
+    for q_HTC, k_GTC, v_GTC, masks in zip(q_BHTC, k_BGSC, v_BGSC, mask, strict=True):
+        lengths = [m.shape[-1] for m in masks]
+        documents = zip(*(x[None].split(lengths, dim=2) for x in (q_HTC, k_GTC, v_GTC)), masks, strict=True)
+        rows.append(torch.cat([attend(*document) for document in documents], dim=2))
+    return torch.cat(rows)
+
+
 class Attention(nn.Module):
     """Multi-head attention, with per-head QK-norm or without. `rope=None`: positions were added to the input (ViT)."""
 
@@ -59,7 +73,7 @@ class Attention(nn.Module):
             RMSNorm(self.head_dim, config.rms_norm_eps) if qk_norm else nn.Identity() for _ in range(2)
         )
 
-    def forward(self, x_BTD, mask_B1TS, rope: Rope | None = None, cache=None):
+    def forward(self, x_BTD, mask, rope: Rope | None = None, cache=None):
         B, T, _ = x_BTD.shape
         heads = (self.num_heads, self.num_key_value_heads, self.num_key_value_heads)
         q, k, v = self.qkv_proj(x_BTD).view(B, T, sum(heads), self.head_dim).split(heads, dim=2)
@@ -70,9 +84,7 @@ class Attention(nn.Module):
             q_BHTC, k_BGTC = apply_rope(q_BHTC, rope), apply_rope(k_BGTC, rope)
         if cache is not None:
             k_BGTC, v_BGTC = cache.update(k_BGTC, v_BGTC, self.layer_idx)
-        out_BHTC = F.scaled_dot_product_attention(
-            q_BHTC, k_BGTC, v_BGTC, attn_mask=mask_B1TS, enable_gqa=self.num_heads != self.num_key_value_heads
-        )
+        out_BHTC = attend(q_BHTC, k_BGTC, v_BGTC, mask)
         return self.o_proj(out_BHTC.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -159,8 +171,8 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SparseMoE(config) if config.num_experts else SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x_BTD, mask_B1TS, rope: Rope, cache, marks: TokenMarks):
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), mask_B1TS, rope, cache)
+    def forward(self, x_BTD, mask, rope: Rope, cache, marks: TokenMarks):
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), mask, rope, cache)
         h_BTD = self.post_attention_layernorm(x_BTD)
         if isinstance(self.mlp, SparseMoE):
             y_BTD, router = self.mlp(h_BTD, marks)

@@ -1,6 +1,6 @@
 """Who may look at whom: causal text, bidirectional images, no sight of other documents.
 
-Legend: B batch, T new tokens, S keys (cached and new).
+Legend: B batch, T new tokens, S keys (cached and new), L tokens of one document.
 """
 
 import torch
@@ -49,3 +49,27 @@ def attention_mask(
         itself_TS = key_S == query_T[:, None]
         allowed_BTS = (allowed_BTS & padding_BS.bool()[:, None, :]) | itself_TS
     return allowed_BTS[:, None]
+
+
+def additive(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0 where attention is allowed, -inf elsewhere. Made once: attention would turn a bool mask into this in every
+    layer, forward and backward."""
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, float("-inf"))
+
+
+DocumentMasks = list[list[torch.Tensor]]
+"""For each row the additive masks [1, 1, L, L] of its documents, one after the other."""
+
+
+def document_masks(span_BT: torch.Tensor, document_BT: torch.Tensor, dtype: torch.dtype) -> DocumentMasks:
+    """What `attention_mask` allows in packed rows, document by document; padding is one as well.
+
+    A run of equal numbers is a document. On a CPU many small products cost less than one of which most is masked: a
+    row of d documents then does a d-th of the work.
+    """
+    masks = []
+    for span_T, document_T in zip(span_BT, document_BT, strict=True):
+        lengths = torch.unique_consecutive(document_T, return_counts=True)[1].tolist()
+        spans = span_T.split(lengths)
+        masks.append([additive(attention_mask(s[None], len(s)), dtype) for s in spans])
+    return masks

@@ -19,8 +19,8 @@ from nmm_serve.config import NMMConfig
 from nmm_serve.errors import PromptError
 from nmm_serve.kernels.moe import RouterTotals
 from nmm_serve.models.blocks import DecoderLayer, Experts, RMSNorm, RouterOutput, TokenMarks, rope_tables
+from nmm_serve.models.masks import DocumentMasks, additive, document_masks, image_spans
 from nmm_serve.models.masks import attention_mask as build_mask
-from nmm_serve.models.masks import image_spans
 from nmm_serve.models.vision import PatchEmbed, PositionTable, build_encoder, image_tokens
 
 
@@ -144,19 +144,20 @@ class NMMModel(NMMPreTrainedModel):
         x_BTD = self.embed(input_ids, pixel_values, image_grid)
         is_image_BT = self.is_image(input_ids)
         rope = rope_tables(position_ids, self.config.head_dim, self.config.rope_theta, x_BTD.dtype)
-        if T == 1 and attention_mask is None:
-            mask_B1TS = None
-        else:
+        mask: torch.Tensor | DocumentMasks | None = None
+        if T > 1 or attention_mask is not None:
             span_BT = image_spans(is_image_BT)
-            allowed_B1TS = build_mask(span_BT, num_past + T, attention_mask, document_ids)
-            # additive, once: attention would turn a bool mask into this in every layer, forward and backward
-            mask_B1TS = torch.zeros_like(allowed_B1TS, dtype=x_BTD.dtype).masked_fill(~allowed_B1TS, float("-inf"))
+            eager_cpu = x_BTD.device.type == "cpu" and not torch.compiler.is_compiling()
+            if eager_cpu and document_ids is not None and attention_mask is None:
+                mask = document_masks(span_BT, document_ids, x_BTD.dtype)
+            else:
+                mask = additive(build_mask(span_BT, num_past + T, attention_mask, document_ids), x_BTD.dtype)
         real_BT = attention_mask if document_ids is None else document_ids
         counted_N = None if real_BT is None else (real_BT[:, -T:] > 0).reshape(-1)
         marks = TokenMarks(is_image_BT.reshape(-1), counted_N)
         routers = []
         for layer in self.layers:
-            x_BTD, router = layer(x_BTD, mask_B1TS, rope, past_key_values, marks)
+            x_BTD, router = layer(x_BTD, mask, rope, past_key_values, marks)
             if router is not None:
                 routers.append(router)
         return self.norm(x_BTD), tuple(routers)

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nmm_serve.models.masks import attention_mask, image_spans
+from nmm_serve.models.masks import attention_mask, document_masks, image_spans
 
 # rows of documents; each document is a list of segments: (is image, length). Text separates images, as in prompts.
 segments = st.lists(st.integers(1, 4), min_size=1, max_size=5)
@@ -30,6 +30,18 @@ def test_mask_is_the_papers_rule(documents):
             same_image = image[0, i] > 0 and image[0, i] == image[0, j]
             expected = document[0, i] == document[0, j] and (j <= i or bool(same_image))
             assert mask[i, j] == expected, (i, j)
+
+
+@given(rows, st.integers(0, 3))
+def test_masks_of_single_documents_are_the_blocks_of_the_whole(documents, padding):
+    is_image, document, _ = lay_out(documents)
+    is_image, document = (torch.nn.functional.pad(x, (0, padding)) for x in (is_image, document))
+    span = image_spans(is_image)
+    whole = attention_mask(span, is_image.shape[1], document_BT=document)[0, 0]
+    (masks,) = document_masks(span, document, torch.float32)
+    assert len(masks) == len(documents) + (padding > 0)
+    blocks = [(mask[0, 0] == 0).int() for mask in masks]
+    assert torch.equal(torch.block_diag(*blocks).bool(), whole)
 
 
 @given(segments, st.integers(0, 3))

@@ -40,11 +40,14 @@ def test_packed_documents_do_not_see_each_other(loaded):
     number = torch.tensor([[n for n, d in enumerate(documents, 1) for _ in d.input_ids]])
     position = torch.tensor([[i for d in documents for i in range(len(d.input_ids))]])
     with_images = [d for d in documents if d.pixel_values is not None]
-    packed = model(
-        input_ids=ids, document_ids=number, position_ids=position,
-        pixel_values=torch.cat([d.pixel_values for d in with_images]),
-        image_grid=torch.cat([d.image_grid for d in with_images]),
-    ).logits[0]  # fmt: skip
+    inputs = {
+        "input_ids": ids, "document_ids": number, "position_ids": position,
+        "pixel_values": torch.cat([d.pixel_values for d in with_images]),
+        "image_grid": torch.cat([d.image_grid for d in with_images]),
+    }  # fmt: skip
+    packed = model(**inputs).logits[0]
+    masked = model(**inputs, attention_mask=torch.ones_like(ids)).logits[0]
+    assert (packed - masked).abs().max() < 2e-6 * packed.abs().max(), "one mask for the row, as on a GPU"
     alone = torch.cat([model(**processor.collate([d])).logits[0] for d in documents])
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
 
