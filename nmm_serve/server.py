@@ -93,7 +93,12 @@ def check_flags(options: ServerOptions) -> None:
                 raise UsageError(f"--{name} was given twice")
     if options.api_key is not None and not options.api_key.strip():
         raise UsageError("--api-key is empty, which would leave the server open; give a key or leave the option out")
-    for domain in options.media_domains:
+    check_domains(options.media_domains)
+
+
+def check_domains(domains: Sequence[str]) -> None:
+    """Raises UsageError for what is not a host name."""
+    for domain in domains:
         if not re.fullmatch(r"[A-Za-z0-9.-]+|[0-9A-Fa-f:]+", domain):
             raise UsageError(f"--allow-media-domain {domain!r} is not a host name; give it without http:// and path")
 
@@ -164,11 +169,12 @@ def server_command(checkpoint: Path, config: "NMMConfig", options: ServerOptions
 
 def server_environment(options: ServerOptions) -> dict[str, str]:
     """The server's environment. What the user has set stays, but for the guards."""
+    from nmm_serve.image_hosts import MAX_DOWNLOAD_BYTES
     from nmm_serve.images import MAX_PIXELS
 
     defaults = {
         "VLLM_MAX_N_SEQUENCES": str(MAX_N),
-        "VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB": "64",
+        "VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB": str(MAX_DOWNLOAD_BYTES // 2**20),
         "VLLM_MAX_IMAGE_PIXELS": str(MAX_PIXELS),
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",

@@ -10,6 +10,7 @@ from vllm.multimodal.media.connector import MEDIA_CONNECTOR_REGISTRY, MediaConne
 from vllm.multimodal.media.image import ImageMediaIO
 
 from nmm_serve.errors import ImageError
+from nmm_serve.image_hosts import BAD_BASE64, NO_FILES, NOT_BASE64, check_host, not_fetched
 from nmm_serve.images import load_image
 
 
@@ -29,7 +30,7 @@ class StrictImageIO(ImageMediaIO):
             return super().load_base64(media_type, data)
         except ValueError as error:
             message = str(error)
-        raise ValueError(message if message.startswith("the image") else "the image is not valid base64")
+        raise ValueError(message if message.startswith("the image") else BAD_BASE64)
 
 
 @MEDIA_CONNECTOR_REGISTRY.register("nmm")
@@ -40,25 +41,19 @@ class StrictConnector(MediaConnector):
     """
 
     def _assert_url_in_allowed_media_domains(self, url_spec: Url) -> None:
-        if not self.allowed_media_domains:
-            raise ValueError(
-                "this server fetches no images from other hosts; send the image itself as a base64 data URL, "
-                "or have the operator name the domain with --allow-media-domain"
-            )
-        if url_spec.hostname not in self.allowed_media_domains:
-            raise ValueError(
-                "this server fetches no images from that host; it was started for: "
-                + ", ".join(self.allowed_media_domains)
-            )
+        try:
+            check_host(url_spec.hostname, self.allowed_media_domains or ())
+        except ImageError as error:
+            raise ValueError(str(error)) from None
 
     def _load_file_url(self, url_spec: Url, media_io: Any) -> Any:
-        raise ValueError("this server reads no files of its own; send the image itself as a base64 data URL")
+        raise ValueError(NO_FILES)
 
     def _load_data_url(self, url: str, media_io: Any) -> Any:
         try:
             return super()._load_data_url(url, media_io)
         except NotImplementedError:
-            raise ValueError("the image's data URL is not base64; expected data:image/png;base64,...") from None
+            raise ValueError(NOT_BASE64) from None
 
     def fetch_image(self, image_url: str, *, image_mode: str | None = "RGB") -> Any:
         return self.load_from_url(image_url, StrictImageIO(), fetch_timeout=envs.VLLM_IMAGE_FETCH_TIMEOUT)
@@ -70,4 +65,4 @@ class StrictConnector(MediaConnector):
             )
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             host = parse_url(image_url).hostname
-            raise ValueError(f"the image could not be fetched from {host} ({type(error).__name__})") from None
+            raise ValueError(not_fetched(host, type(error).__name__)) from None

@@ -5,7 +5,7 @@ import binascii
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from PIL import Image
 
 from nmm_serve.engines.base import SamplingParams
 from nmm_serve.errors import ImageError, NMMError, PromptError
+from nmm_serve.image_hosts import BAD_BASE64, NO_FILES, NOT_BASE64, check_host
 from nmm_serve.images import load_image
 from nmm_serve.onnx.manifest import Manifest
 from nmm_serve.prompt import Prompt, PromptEncoder
@@ -27,6 +28,8 @@ DEFAULT_MAX_TOKENS = 16
 """Of the completions API; a chat may fill the context."""
 
 Fields = dict[str, Any]
+Fetched = Mapping[str, bytes]
+"""Remote images by URL."""
 
 
 class BadRequest(Exception):
@@ -166,18 +169,18 @@ def check_model(fields: Fields, served: str) -> None:
         raise BadRequest(f"The model `{shown}` does not exist; this server has `{served}`", "model", 404)
 
 
-def read_chat(fields: Fields, encoder: PromptEncoder, manifest: Manifest) -> Asked:
+def read_chat(fields: Fields, encoder: PromptEncoder, manifest: Manifest, fetched: Fetched) -> Asked:
     """The body of /v1/chat/completions. Raises BadRequest."""
     check_names(fields, (*OURS, *SAMPLING, "messages", "max_completion_tokens"))
-    messages, images = read_messages(fields.get("messages"), manifest)
+    messages, images = read_messages(fields.get("messages"), manifest, fetched)
     prompt = encode(lambda: encoder.prompt_of_chat(messages, images), "messages")
     room = room_for(prompt, manifest, "messages")
     most = whole(fields, "max_completion_tokens", None, 1, 2**31) or whole(fields, "max_tokens", None, 1, 2**31)
     return asked(fields, [prompt], most or room, logprobs=flag(fields, "logprobs"), manifest=manifest, chat=True)
 
 
-def read_completion(fields: Fields, encoder: PromptEncoder, manifest: Manifest) -> Asked:
-    """The body of /v1/completions. Raises BadRequest."""
+def read_completion(fields: Fields, encoder: PromptEncoder, manifest: Manifest, _fetched: Fetched) -> Asked:
+    """The body of /v1/completions, which takes no images. Raises BadRequest."""
     check_names(fields, (*OURS, *SAMPLING, "prompt", "prompt_logprobs"))
 
     def read(given: str | list[int]) -> Prompt:
@@ -285,8 +288,8 @@ def most_images(manifest: Manifest) -> int:
     return max(1, manifest.context_length // ((manifest.image_size // manifest.patch_size) ** 2 // 2 + 2))
 
 
-def read_messages(messages: Any, manifest: Manifest) -> tuple[list[Fields], list[Image.Image]]:
-    """Chat messages in the shape of `nmm_serve.chat`, and their images in order."""
+def read_messages(messages: Any, manifest: Manifest, fetched: Fetched) -> tuple[list[Fields], list[Image.Image]]:
+    """Chat messages in the shape of `nmm_serve.chat`, and their images in order. `fetched`: the remote ones by URL."""
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise BadRequest("messages must be a list of objects; not empty", "messages")
     urls, read, chars = [], [], 0
@@ -318,22 +321,49 @@ def read_messages(messages: Any, manifest: Manifest) -> tuple[list[Fields], list
         raise BadRequest(f"the messages have {chars} characters, over the limit of {MAX_TEXT_CHARS}", "messages")
     if len(urls) > most_images(manifest):
         raise BadRequest(f"At most {most_images(manifest)} image(s) fit into a prompt, not {len(urls)}", "messages")
-    return read, [image_of(url) for url in urls]
+    return read, [image_of(url, fetched) for url in urls]
 
 
-def image_of(url: Any) -> Image.Image:
-    """The image in a data URL. Sizes are checked before anything is decoded; nothing is fetched, no file is read."""
+def remote_urls(fields: Fields) -> list[str]:
+    """The URLs of images in messages that are none of data. What is no message is passed over: `read_messages`, which
+    comes after, says what is wrong with it."""
+    messages = fields.get("messages")
+    urls = []
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else ():
+            url = part.get("image_url") if isinstance(part, dict) else None
+            url = url.get("url") if isinstance(url, dict) else url
+            if isinstance(url, str) and url[:5].lower() != "data:":
+                urls.append(url)
+    return urls
+
+
+def image_of(url: Any, fetched: Fetched) -> Image.Image:
+    """The image in a data URL, or the fetched one. Sizes are checked before anything is decoded; no file is read."""
     if not isinstance(url, str):
         raise BadRequest("image_url needs a url: a base64 data URL", "messages")
+    if url in fetched:
+        return _loaded(fetched[url])
+    if url[:5].lower() == "file:":
+        raise BadRequest(NO_FILES, "messages")
     if url[:5].lower() != "data:":
-        what = "reads no files of its own" if url[:5].lower() == "file:" else "fetches no images from other hosts"
-        raise BadRequest(f"this server {what}; send the image itself as a base64 data URL", "messages")
+        try:
+            check_host(None, ())
+        except ImageError as error:
+            raise BadRequest(str(error), "messages") from None
     head, comma, data = url.partition(",")
     if not comma or not re.fullmatch(r"data:[\w.+/-]{0,64};base64", head, re.IGNORECASE):
-        raise BadRequest("the image's data URL is not base64; expected data:image/png;base64,...", "messages")
+        raise BadRequest(NOT_BASE64, "messages")
     try:
-        return load_image(base64.b64decode(data, validate=True))
+        decoded = base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError):
-        raise BadRequest("the image is not valid base64", "messages") from None
+        raise BadRequest(BAD_BASE64, "messages") from None
+    return _loaded(decoded)
+
+
+def _loaded(data: bytes) -> Image.Image:
+    try:
+        return load_image(data)
     except NMMError as error:
         raise BadRequest(str(error), "messages") from None

@@ -3,13 +3,14 @@
 import asyncio
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from nmm_serve.errors import ConfigError, EngineError
 from nmm_serve.onnx.runtime import INSTALL, Runtime
 from nmm_serve.prompt import TokenizerFile
-from nmm_serve.server import DRAIN_S, ServerOptions, free_port
+from nmm_serve.server import DRAIN_S, ServerOptions, check_domains, free_port
 
 
 def serve(
@@ -25,7 +26,7 @@ def serve(
 
     Args:
         model: directory that `nmm-serve export` wrote.
-        options: host, port and key; the rest belongs to vLLM.
+        options: host, port, key and the hosts that images may be fetched from; the rest belongs to vLLM.
         slots: requests that run at once.
         max_waiting: requests that wait for a slot; more are refused with 429.
         threads: of the model; default: one for each physical core.
@@ -35,6 +36,7 @@ def serve(
         CheckpointError: `model` is not an exported model.
         ConfigError: an option that this engine does not have.
         EngineError: a missing package, or a port that cannot be had.
+        UsageError: a host for images that is none.
     """
     try:
         import prometheus_client  # noqa: F401
@@ -43,10 +45,13 @@ def serve(
     except ImportError as error:
         raise EngineError(f"{error.name} is not installed; run {INSTALL}") from None
     from nmm_serve.serving.app import Endpoints, build_app
+    from nmm_serve.serving.connections import ClientConnection
+    from nmm_serve.serving.fetch import Fetcher
     from nmm_serve.serving.metrics import Metrics
     from nmm_serve.serving.scheduler import Scheduler
 
     check_options(options, max_waiting)
+    fetcher = Fetcher(options.media_domains) if options.media_domains else None
     port = free_port(options.host, options.port)
     runtime = Runtime(model, slots=slots, threads=threads)
     encoder = TokenizerFile(model, runtime.manifest.patch_size, runtime.manifest.image_size)
@@ -66,17 +71,26 @@ def serve(
 
         def handle_exit(self, sig: int, frame: Any) -> None:
             endpoints.draining = True
-            self.force_exit = self.should_exit  # the second signal
+            if self.should_exit:  # the second signal
+                self.force_exit = True
+                asyncio.get_running_loop().call_soon_threadsafe(self.cut_all)
             self.should_exit = True
+
+        def cut_all(self) -> None:
+            """uvicorn alone would still wait for what is being sent."""
+            for connection in list(self.server_state.connections):
+                connection.cut()
 
     async def main() -> None:
         nonlocal endpoints
-        endpoints = Endpoints(name, encoder, runtime.manifest, scheduler, metrics)
+        endpoints = Endpoints(name, encoder, runtime.manifest, scheduler, metrics, fetcher)
         config = uvicorn.Config(
-            build_app(endpoints, options.api_key), host=options.host, port=port, http="h11", ws="none", lifespan="off",
-            log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=DRAIN_S,
+            build_app(endpoints, options.api_key), host=options.host, port=port, http=ClientConnection, ws="none",
+            lifespan="off", log_level="warning", access_log=False, server_header=False,
+            timeout_graceful_shutdown=DRAIN_S,
         )  # fmt: skip
-        await Server(config).serve()
+        async with fetcher or nullcontext():
+            await Server(config).serve()
 
     # uvicorn gives the signal on when it is done; it has been obeyed then
     before = [(number, signal.signal(number, lambda *_: None)) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -92,8 +106,7 @@ def check_options(options: ServerOptions, max_waiting: int) -> None:
     """Raises ConfigError for options of vLLM's, and for ones that make no sense."""
     if options.extra:
         raise ConfigError(f"unknown option {options.extra[0]!r} of the onnx engine; see: nmm-serve launch --help")
-    if options.media_domains:
-        raise ConfigError("the onnx engine fetches no images; leave --allow-media-domain out, clients send data URLs")
+    check_domains(options.media_domains)
     if options.dtype != "auto":
         raise ConfigError("an exported model has its type already; leave --dtype out, or export with another --quant")
     if options.max_model_len is not None:

@@ -1,18 +1,14 @@
 """The real server, started as a user starts it, asked with the official client. One start serves all tests."""
 
-import base64
 import io
-import json
-import re
 import subprocess
-import sys
 import threading
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import pytest
+from live_server import KEY, LAUNCH, healthy_after, launched, picture, raw_image, text, url_image
 from PIL import Image, ImageDraw
 from tiny_checkpoint import make_checkpoint
 
@@ -27,80 +23,27 @@ from nmm_serve.engines.torch import TorchEngine
 
 pytestmark = pytest.mark.slow
 
-KEY = "sesame"
-LAUNCH = [str(Path(sys.executable).parent / "nmm-serve"), "launch"]
 
-
-class Live:
-    def __init__(self, folder: Path):
-        self.checkpoint = make_checkpoint(folder / "tiny")
-        self.log = folder / "vllm.log"
-        self.process = subprocess.Popen(
-            [*LAUNCH, str(self.checkpoint), "--port", "0", "--api-key", KEY, "--log-file", str(self.log)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        ready = self.process.stdout.readline()
-        if not ready.startswith("Ready: "):
-            self.process.kill()
-            pytest.fail(f"the server did not start: {ready}{self.process.stderr.read()}")
-        self.url = re.match(r"Ready: (http://127\.0\.0\.1:\d+)/v1 \(model tiny\)", ready)[1]
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0)
-
-    def chat(self, *content, **options):
-        options = {"model": "tiny", "max_tokens": 8, "temperature": 0} | options
-        return self.client.chat.completions.create(messages=[{"role": "user", "content": list(content)}], **options)
-
-    def get(self, path, key=None):
-        """Status of a plain GET, or of a POST to /tokenize."""
-        body = json.dumps({"model": "tiny", "prompt": "a"}).encode() if path == "/tokenize" else None
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        try:
-            with urllib.request.urlopen(urllib.request.Request(self.url + path, body, headers), timeout=30) as answer:
-                return answer.status
-        except urllib.error.HTTPError as error:
-            return error.code
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("live") / "tiny")
 
 
 @pytest.fixture(scope="module")
-def live(tmp_path_factory):
-    server = Live(tmp_path_factory.mktemp("live"))
-    yield server
-    if server.process.poll() is None:
-        server.process.terminate()
-        server.process.wait(timeout=60)
+def live(checkpoint):
+    with launched(checkpoint, checkpoint.parent / "vllm.log") as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)
 def _still_healthy(live):
-    before = live.process.poll()
-    yield
-    if before is None and live.process.poll() is None:
-        assert live.get("/health") == 200
+    with healthy_after(live):
+        yield
 
 
 @pytest.fixture(scope="module")
-def oracle(live):
-    return TorchEngine(str(live.checkpoint))
-
-
-def text(words):
-    return {"type": "text", "text": words}
-
-
-def picture(image):
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return raw_image(buffer.getvalue())
-
-
-def raw_image(data):
-    return url_image("data:image/png;base64," + base64.b64encode(data).decode())
-
-
-def url_image(url):
-    return {"type": "image_url", "image_url": {"url": url}}
+def oracle(checkpoint):
+    return TorchEngine(str(checkpoint))
 
 
 def scene(seed, size=(50, 80)):
@@ -256,8 +199,9 @@ def test_a_body_over_the_limit_is_413(live):
 
 @pytest.mark.parametrize("path", ["/v1/models", "/tokenize", "/metrics", "/version", "//v1/models", "/load"])
 def test_the_key_guards_every_path(live, path):
-    assert live.get(path) == live.get(path, "wrong") == 401
-    assert live.get(path, KEY) in (200, 404)
+    body = {"model": "tiny", "prompt": "a"} if path == "/tokenize" else None
+    assert live.ask(path, body, key=None)[0] == live.ask(path, body, key="wrong")[0] == 401
+    assert live.ask(path, body)[0] in (200, 404)
 
 
 def test_the_key_is_in_no_log_and_no_command_line(live):
@@ -277,11 +221,9 @@ def test_answers_are_as_at_the_beginning_and_nothing_was_logged(live):
 def test_a_client_that_goes_away_stops_its_work(live):
     def generated():
         """Tokens generated so far, once the number stands still."""
-        request = urllib.request.Request(live.url + "/metrics", headers={"Authorization": f"Bearer {KEY}"})
         last = -1.0
         while True:
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                now = float(re.search(r"vllm:generation_tokens_total{.*} ([\d.e+]+)", answer.read().decode())[1])
+            now = live.metric("vllm:generation_tokens_total{.*}")
             if now == last:
                 return now
             last = now
@@ -299,8 +241,8 @@ def test_a_client_that_goes_away_stops_its_work(live):
     assert generated() - after_stream < 480 * 32
 
 
-def test_a_flag_that_vllm_does_not_know(live):
-    command = [*LAUNCH, str(live.checkpoint), "--port", "0", "--max-num-seqz", "3"]
+def test_a_flag_that_vllm_does_not_know(checkpoint):
+    command = [*LAUNCH, str(checkpoint), "--port", "0", "--max-num-seqz", "3"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 2
     assert "unknown option '--max-num-seqz'. Did you mean '--max-num-seqs'?" in done.stderr
@@ -348,4 +290,4 @@ def test_sigterm_lets_running_answers_end_and_exits_cleanly(live):
     assert answers[0].usage.completion_tokens == 400
     assert live.process.wait(timeout=60) == 0
     with pytest.raises(urllib.error.URLError):
-        live.get("/health")
+        live.ask("/health")

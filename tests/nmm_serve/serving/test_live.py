@@ -1,12 +1,9 @@
 """The real server, started as a user starts it, asked with the official client. One start serves all tests."""
 
-import base64
 import io
 import json
-import re
 import socket
 import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -15,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from exported import checkpoint_of, exported
+from live_server import KEY, healthy_after, launched, picture, raw_image, text
 from parity_checkpoint import noise_image
 from PIL import Image
 
@@ -28,82 +26,26 @@ from nmm_serve.engines.base import Request, SamplingParams, ScoreRequest
 from nmm_serve.engines.openai import OpenAIEngine
 from nmm_serve.engines.torch import TorchEngine
 
-KEY = "sesame"
-LAUNCH = [str(Path(sys.executable).parent / "nmm-serve"), "launch"]
-
-
-class Live:
-    def __init__(self, log: Path):
-        self.log = log
-        command = [*LAUNCH, str(exported("late-moe")), "--port", "0", "--api-key", KEY, "--log-file", str(log)]
-        command += ["--threads", "1", "--max-num-seqs", "3", "--max-waiting", "2"]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        ready = self.process.stdout.readline()
-        if not ready.startswith("Ready: "):
-            self.process.kill()
-            pytest.fail(f"the server did not start: {ready}{self.process.stderr.read()}")
-        self.url = re.match(r"Ready: (http://127\.0\.0\.1:\d+)/v1 \(model late-moe-none\)", ready)[1]
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0)
-
-    def chat(self, *content, **options):
-        options = {"model": "late-moe-none", "max_tokens": 8, "temperature": 0} | options
-        return self.client.chat.completions.create(messages=[{"role": "user", "content": list(content)}], **options)
-
-    def ask(self, path, body=None, key=KEY, kind="application/json", method=None):
-        """Status and JSON (or text) of a plain request."""
-        headers = {"Content-Type": kind} | ({"Authorization": f"Bearer {key}"} if key else {})
-        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, headers, method=method)
-        try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                status, page = answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            status, page = error.code, error.read().decode()
-        return status, json.loads(page) if page.startswith("{") else page
-
-    def metric(self, name):
-        return float(re.search(rf"^{name} ([\d.e+]+)$", self.ask("/metrics")[1], re.M)[1])
-
-    def until_idle(self):
-        end = time.monotonic() + 20
-        while self.metric("nmm_requests_running") or self.metric("nmm_requests_waiting"):
-            assert time.monotonic() < end, "a slot was not freed"
-            time.sleep(0.05)
+NAME = "late-moe-none"
 
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory):
-    server = Live(tmp_path_factory.mktemp("live") / "server.log")
-    yield server
-    if server.process.poll() is None:
-        server.process.terminate()
-        server.process.wait(timeout=60)
+    log = tmp_path_factory.mktemp("live") / "server.log"
+    with launched(exported("late-moe"), log, "--threads", "1", "--max-num-seqs", "3", "--max-waiting", "2") as server:
+        assert server.model == NAME
+        yield server
 
 
 @pytest.fixture(autouse=True)
 def _still_healthy(live):
-    yield
-    if live.process.poll() is None:
-        assert live.ask("/health", key=None) == (200, {})
+    with healthy_after(live):
+        yield
 
 
 @pytest.fixture(scope="module")
 def oracle():
     return TorchEngine(str(checkpoint_of("late-moe")))
-
-
-def text(words):
-    return {"type": "text", "text": words}
-
-
-def raw_image(data, kind="png"):
-    return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{base64.b64encode(data).decode()}"}}
-
-
-def picture(image):
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return raw_image(buffer.getvalue())
 
 
 def question(*images, words="what is the colour of the circle ?", **sampling):
@@ -316,7 +258,7 @@ def test_a_client_that_goes_away_stops_its_work(live):
     live.until_idle()
     with pytest.raises(openai.APITimeoutError):
         live.client.with_options(timeout=0.2).chat.completions.create(
-            model="late-moe-none", messages=[{"role": "user", "content": "what"}], **long
+            model=NAME, messages=[{"role": "user", "content": "what"}], **long
         )
     live.until_idle()
     assert live.metric("nmm_generation_tokens_total") - before < 2 * 3 * 480
@@ -373,3 +315,23 @@ def test_sigterm_lets_running_answers_end_and_exits_cleanly(live):
     assert live.process.wait(timeout=60) == 0
     with pytest.raises(urllib.error.URLError):
         live.ask("/health")
+
+
+def test_a_second_sigterm_ends_at_once(tmp_path):
+    with launched(exported("late-moe"), tmp_path / "log", "--threads", "1", "--max-num-seqs", "1") as server:
+        body = {"prompt": "what", "max_tokens": 500, "n": 32, "ignore_eos": True, "stream": True}
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\n"
+        with socket.create_connection(server.address, timeout=30) as connection:
+            data = json.dumps(body).encode()
+            head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+            connection.sendall(head.encode() + data)
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+            server.process.terminate()
+            time.sleep(0.5)
+            assert server.process.poll() is None, "the first lets it go on"
+            server.process.terminate()
+            assert server.process.wait(timeout=15) == 0
+            read = b""
+            while piece := connection.recv(2**16):
+                read += piece
+            assert b"[DONE]" not in read
