@@ -81,7 +81,15 @@ def build_processor(config: TrainConfig, mixture: Mixture) -> NMMProcessor:
 
 
 def build(config: TrainConfig, mixture: Mixture) -> tuple[NMMForConditionalGeneration, NMMProcessor]:
-    """A fresh model, one with parts of `start`, or the one of `init_from` with its own tokenizer and image sizes."""
+    """A fresh model, one with parts of `start`, or the one of `init_from` with its own tokenizer and image sizes.
+
+    Raises ConfigError for a decoder that would stay as random as it starts.
+    """
+    if config.optimizer.decoder_lr_scale == 0 and config.init_from is None and config.start.decoder is None:
+        raise ConfigError(
+            "optimizer.decoder_lr_scale is 0, and a decoder from scratch would stay random; give start.decoder or "
+            "init_from, or let it train"
+        )
     if config.init_from is not None:
         model = load_model(config.init_from)
         if config.context_length > model.config.max_position_embeddings:

@@ -68,6 +68,16 @@ class StartConfig:
 
 
 @dataclass(kw_only=True)
+class LoraConfig:
+    """Low-rank updates of the decoder's matrices, merged into them in every checkpoint."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    """The update is scaled by alpha / rank."""
+    targets: tuple[str, ...] = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+
+
+@dataclass(kw_only=True)
 class OptimizerConfig:
     """AdamW as in arXiv 2504.07951, appendix A: decay is fully decoupled, p <- p * (1 - weight_decay * lr / peak).
 
@@ -115,6 +125,9 @@ class TrainConfig:
     init_from: str | None = None
     """A checkpoint to start from; it brings its model and tokenizer."""
     start: StartConfig = field(default_factory=StartConfig)
+    lora: LoraConfig | None = None
+    soft_token: bool = False
+    """Train the embedding of `<|image_start|>`, which stands before every image, in a frozen decoder."""
     seed: int = 0
     steps: int = 1000
     context_length: int = 512
@@ -155,12 +168,26 @@ class TrainConfig:
             if getattr(self.optimizer, name) < 0:
                 raise ConfigError(f"optimizer.{name} must be 0 (frozen) or more, not {getattr(self.optimizer, name)}")
         self._validate_start()
+        self._validate_adapters()
         if not 0 <= self.schedule.cooldown <= 1:
             raise ConfigError(f"schedule.cooldown is a share of the steps, 0 to 1, not {self.schedule.cooldown}")
         if self.schedule.warmup_steps + self.schedule.cooldown * self.steps > self.steps:
             raise ConfigError(
                 f"schedule.warmup_steps {self.schedule.warmup_steps} and a cool-down over {self.schedule.cooldown:.0%} "
                 f"of {self.steps} steps do not fit into the run; shorten one or raise steps"
+            )
+
+    def _validate_adapters(self) -> None:
+        given = [name for name in ("lora", "soft_token") if getattr(self, name)]
+        if not given:
+            return
+        if self.optimizer.decoder_lr_scale != 0:
+            raise ConfigError(f"{given[0]} is for a decoder that itself stays; set optimizer.decoder_lr_scale to 0")
+        if self.parallel.strategy != "none":
+            raise ConfigError(f"{given[0]} trains in one process; set parallel.strategy to none")
+        if self.lora is not None and (self.lora.rank < 1 or self.lora.alpha <= 0 or not self.lora.targets):
+            raise ConfigError(
+                f"lora needs a rank of at least 1, an alpha over 0 and at least one target, not {self.lora}"
             )
 
     def _validate_start(self) -> None:

@@ -19,6 +19,7 @@ from nmm_serve.image_processor import takes_raw_pixels
 from nmm_serve.presets import preset
 from nmm_serve.routing import IMAGE, TEXT, count_routed, modality_groups
 from nmm_serve.sizing import count_params, paper_flops
+from nmm_serve.train.adapters import SOFT_TOKEN, Adapters, has_adapters
 from nmm_serve.train.build import build
 from nmm_serve.train.config import TrainConfig
 from nmm_serve.train.data.loader import LoaderStats, PackedLoader
@@ -43,6 +44,9 @@ from nmm_serve.train.run_folder import keep_config, locked
 from nmm_serve.train.sharded_resume import BackgroundSaves, is_sharded, load_sharded, open_sharded
 from nmm_serve.train.throughput import batch_work, gemm_rate
 from nmm_serve.train.validate import Validation
+
+BASE = "base"
+"""Beside a run's checkpoints: the model that its adapters were put on."""
 
 Report = Callable[[dict[str, Any]], None]
 """Called with each event: `start`, `train`, `validation`, `bad_step`, `saved`, `done`."""
@@ -93,12 +97,18 @@ class Trainer:
         point = procs.from_main(lambda: next(reversed(resume_points(out / "checkpoints")), None))
         sharded = point is not None and is_sharded(point)
         self.mixture = parse_mixture({"sources": config.data.sources}, Path(config.data.root))
-        if point is None:
+        adapted = has_adapters(config)
+        if adapted and point is not None:  # checkpoints hold the merged model
+            self.model, self.processor = load_model(out / BASE), load_processor(out / BASE)
+        elif point is None:
             self.model, self.processor = build(config, self.mixture)
             procs.check_same("tokenizer and fresh weights", lambda: fingerprint(self.model, self.processor))
         else:
             self.model, self.processor = open_sharded(point) if sharded else (load_model(point), load_processor(point))
         self.processor.image_processor.raw_pixels = takes_raw_pixels(self.device)
+        if adapted and point is None:
+            save_checkpoint(out / BASE, self.model, self.processor, {"name": f"{config.name}, before training"})
+        self.adapters = Adapters(self.model, config, self.processor.token_id(SOFT_TOKEN)) if adapted else None
         self.model.train()
         freeze(self.model, config.optimizer)
         self.parts = describe_parts(self.model, config.optimizer)
@@ -197,7 +207,10 @@ class Trainer:
                     self.save()
                 self.publish()
         self.publish(wait=True)
-        final, whole, record = self.out / "final", whole_model(self.model, self.procs), self.run_record()
+        whole = whole_model(self.model, self.procs) if self.adapters is None else self.adapters.merged()
+        final, record = self.out / "final", self.run_record()
+        if self.adapters is not None:
+            self.adapters.save(self.out / "adapters")
         self.procs.from_main(lambda: save_checkpoint(final, whole, self.processor, record))
         self.report({"event": "done", "step": self.step, "path": str(final)}, log=False)
 
@@ -218,9 +231,9 @@ class Trainer:
             with accumulating(self.forward, last=batch is batches[-1]):
                 with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
                     output = self.forward(**tensors, num_items_in_batch=work["labels"], output_router_logits=sparse)
-                (
-                    output.loss * self.procs.count
-                ).backward()  # gradients are averaged over the processes, and must add up
+                if output.loss.requires_grad:  # not where only the way of images is trained and there is none
+                    # gradients are averaged over the processes, and must add up
+                    (output.loss * self.procs.count).backward()
             losses["loss"] += output.ce_loss.item()
             for name in ("aux_loss", "z_loss"):
                 if (value := getattr(output, name)) is not None:
@@ -305,7 +318,7 @@ class Trainer:
             return self.publish(wait)
         path = save_resume(
             self.out / "checkpoints", self.step, self.config.keep, self.config.save_at, self.model, self.processor,
-            self.optimizer, self.run_record(), state,
+            self.optimizer, self.run_record(), state, self.adapters,
         )  # fmt: skip
         self.report({"event": "saved", "step": self.step, "path": str(path)}, log=False)
         return path

@@ -7,7 +7,8 @@ from torch import nn
 from nmm_serve.errors import ConfigError
 from nmm_serve.train.config import OptimizerConfig
 
-PARTS = ("vision", "connector", "decoder")
+PARTS = ("vision", "connector", "decoder", "adapters")
+ADAPTERS = (".lora_A.", ".lora_B.", ".trainable_tokens_delta.")
 
 
 def part_of(name: str, late: bool) -> str:
@@ -15,6 +16,8 @@ def part_of(name: str, late: bool) -> str:
 
     The patch projection belongs to the encoder where there is one, and leads into the decoder where there is none.
     """
+    if any(mark in name for mark in ADAPTERS):
+        return "adapters"
     if ".vision." in name:
         return "vision"
     if ".patch_embed." in name:
@@ -24,15 +27,14 @@ def part_of(name: str, late: bool) -> str:
 
 def lr_scale(part: str, config: OptimizerConfig) -> float:
     """The part's rate relative to `optimizer.lr`; 0 is frozen."""
-    return getattr(config, f"{part}_lr_scale")
+    return 1.0 if part == "adapters" else getattr(config, f"{part}_lr_scale")
 
 
 def freeze(model: nn.Module, config: OptimizerConfig) -> None:
-    """Take the parts with rate 0 out of training. Raises ConfigError when nothing is left."""
+    """Take the parts with rate 0 out of training, and no others. Raises ConfigError when nothing is left."""
     late = hasattr(model.model, "vision")
     for name, parameter in model.named_parameters():
-        if lr_scale(part_of(name, late), config) == 0:
-            parameter.requires_grad_(False)
+        parameter.requires_grad_(lr_scale(part_of(name, late), config) != 0)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(
             "optimizer.*_lr_scale is 0 for every part of the model: nothing would be trained; raise one of them"

@@ -17,23 +17,38 @@ from safetensors.torch import load_file, save_file
 
 from nmm_serve.checkpoint import WEIGHTS, atomic_directory, write_checkpoint
 from nmm_serve.errors import CheckpointError
+from nmm_serve.train.adapters import Adapters, trained_tensors
 from nmm_serve.train.distributed import sharded_like
 
 STEP = re.compile(r"step-(\d{8})")
+TRAINED = "training/trained.safetensors"
 
 
 def save_resume(
-    folder: Path, step: int, keep: int, keep_steps: Sequence[int], model, processor, optimizer, run: dict, state: dict
+    folder: Path,
+    step: int,
+    keep: int,
+    keep_steps: Sequence[int],
+    model,
+    processor,
+    optimizer,
+    run: dict,
+    state: dict,
+    adapters: Adapters | None = None,
 ) -> Path:
     """Publish `folder/step-N`, then delete all but the newest `keep` and those of `keep_steps`: never before the new
-    one is durable."""
+    one is durable. With adapters the checkpoint holds the merged model, and `training/` what is trained."""
     path = folder / f"step-{step:08d}"
     with atomic_directory(path) as staging:
-        write_checkpoint(staging, model, processor, run)
+        write_checkpoint(staging, model if adapters is None else adapters.merged(), processor, run)
         training = staging / "training"
         training.mkdir()
         save_file(_optimizer_tensors(model, optimizer), training / "optimizer.safetensors")
-        digests = {name: sha256(staging / name) for name in (WEIGHTS, "training/optimizer.safetensors")}
+        files = [WEIGHTS, "training/optimizer.safetensors"]
+        if adapters is not None:
+            save_file(trained_tensors(model), staging / TRAINED)
+            files.append(TRAINED)
+        digests = {name: sha256(staging / name) for name in files}
         (training / "state.json").write_text(json.dumps({"step": step, "sha256": digests, **state}))
     apply_retention(folder, keep, keep_steps)
     return path
@@ -88,10 +103,13 @@ def load_resume(path: Path, model, optimizer) -> dict[str, Any]:
     for name, digest in state["sha256"].items():
         if sha256(path / name) != digest:
             raise damaged(path / name, path)
-    weights = load_file(path / WEIGHTS)
-    if model.config.tie_word_embeddings:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    model.load_state_dict({name: sharded_like(weights[name], value) for name, value in model.state_dict().items()})
+    if TRAINED in state["sha256"]:
+        model.load_state_dict(load_file(path / TRAINED), strict=False)  # the rest is as the run began
+    else:
+        weights = load_file(path / WEIGHTS)
+        if model.config.tie_word_embeddings:
+            weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+        model.load_state_dict({name: sharded_like(weights[name], value) for name, value in model.state_dict().items()})
     tensors = load_file(path / "training/optimizer.safetensors")
     parameters = dict(model.named_parameters())
     for key, tensor in tensors.items():
