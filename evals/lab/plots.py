@@ -9,6 +9,7 @@ from nmm_serve.evals.plots import Drawing, colour, drawing, legend_above, span
 from nmm_serve.evals.records import Record
 
 METRICS = (("ttft_s", "TTFT"), ("tpot_s", "TPOT"), ("e2e_s", "end to end"))
+MARKS = "os^Dv"
 
 
 def ratios(document: dict[str, Any]) -> str | None:
@@ -61,6 +62,8 @@ def _ratio_panel(
     """Points with intervals beside each other at each cell, one colour for each model; a line at 1."""
     ticks, position = [], 0.0
     for run in runs:
+        if position:
+            axes.axvline(position - 0.75, color="#9aa0a8", lw=0.6)
         begin = position
         for cell in sorted(run["cells"], key=lambda cell: (cell["resolution"], cell.get("concurrency", 1))):
             for index, name in enumerate(names):
@@ -76,7 +79,6 @@ def _ratio_panel(
             position += 1
         middle = (begin + position - 1) / 2
         axes.text(middle, 0.99, run["group"], ha="center", va="top", fontsize=9, transform=axes.get_xaxis_transform())
-        axes.axvline(position - 0.25, color="#9aa0a8", lw=0.6)
         position += 0.5
     axes.axhline(1.0, color="#111", lw=1)
     axes.margins(y=0.15)
@@ -84,11 +86,14 @@ def _ratio_panel(
     axes.set_xticks([at for at, _ in ticks], [text for _, text in ticks], fontsize=8, rotation=35, ha="right")
 
 
-def _legend_of_names(drawn: Drawing, names: Sequence[str]) -> None:
+def _legend_of_names(drawn: Drawing, names: Sequence[str], marks: Sequence[str] = ()) -> None:
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    handles = [Patch(color=colour(i)) for i in range(len(names))]
-    drawn.figure.legend(handles, list(names), loc="outside upper center", ncols=min(6, len(names)))
+    handles: list[Any] = [Patch(color=colour(i)) for i in range(len(names))]
+    handles += [Line2D([], [], color="#333", ls="", marker=MARKS[i % len(MARKS)]) for i in range(len(marks))]
+    labels = [*names, *marks]
+    drawn.figure.legend(handles, labels, loc="outside upper center", ncols=min(7, len(labels)))
 
 
 def parts(document: dict[str, Any]) -> str | None:
@@ -115,9 +120,10 @@ def parts(document: dict[str, Any]) -> str | None:
 
 
 def pareto(document: dict[str, Any], quality: Sequence[Record]) -> str | None:
-    """Scores of the compared checkpoints, found by their hash, against end-to-end time and peak memory."""
+    """Scores of the compared checkpoints, found by their hash, against end-to-end time and peak memory: a colour for
+    each model, a mark for each engine, a line through the points that no other one beats in both."""
     scores = {record["model"]["hash"]: score for record in quality if (score := _score(record)) is not None}
-    points = []
+    points: list[tuple[Any, ...]] = []
     for run in document["runs"]:
         group = next(group for group in document["groups"] if group["label"] == run["group"])
         costs = {cost["model"]: cost for cost in run["models"]}
@@ -126,21 +132,32 @@ def pareto(document: dict[str, Any], quality: Sequence[Record]) -> str | None:
             cost = costs.get(model["name"])
             if model["hash"] in scores and cost is not None:
                 memory = cost["memory"]["peak_gpu_bytes"] or cost["memory"]["peak_rss_bytes"]
-                points.append((f"{model['name']} ({run['engine']})", *scores[model["hash"]], result["e2e_s"], memory))
+                name = f"{run['group']} {model['name']}"
+                points.append((name, run["engine"], *scores[model["hash"]], result["e2e_s"].get("p50"), memory))
     if not points:
         return None
-    with drawing("latency-pareto", 9.5, 3.6, columns=2) as (drawn, panels):
-        for index, (name, what, value, interval, e2e, memory) in enumerate(points):
-            low, high = span(value, interval)
-            for axes, x in zip(panels, (e2e.get("p50") and 1000 * e2e["p50"], memory and memory / 1e6), strict=True):
-                if x:
-                    axes.errorbar(x, value, yerr=[[low], [high]], fmt="o", color=colour(index), ms=7, elinewidth=1)
-                    axes.annotate(name, (x, value), xytext=(6, 4), textcoords="offset points", fontsize=8)
-            panels[0].set_ylabel(what)
-        panels[0].set_xlabel("median end-to-end latency, ms")
-        panels[1].set_xlabel("peak memory, MB")
-        for axes in panels:
-            axes.margins(x=0.3, y=0.2)
+    names, engines = (list(dict.fromkeys(point[i] for point in points)) for i in (0, 1))
+    with drawing("latency-pareto", 9.5, 4.2, columns=2) as (drawn, panels):
+        shown = ((5, 1000, "median end-to-end latency, ms"), (6, 1e-6, "peak memory, MB"))
+        for axes, (column, scale, title) in zip(panels, shown, strict=True):
+            known = [point for point in points if point[column]]
+            for point in known:
+                name, engine, _, value, interval, *_ = point
+                low, high = span(value, interval)
+                axes.errorbar(
+                    scale * point[column], value, yerr=[[low], [high]], ms=7, elinewidth=1,
+                    fmt=MARKS[engines.index(engine) % len(MARKS)], color=colour(names.index(name)),
+                )  # fmt: skip
+            front, best = [], float("-inf")
+            for x, y in sorted(((scale * point[column], point[3]) for point in known), key=lambda at: (at[0], -at[1])):
+                if y > best:
+                    front.append((x, y))
+                    best = y
+            axes.step([x for x, _ in front], [y for _, y in front], where="post", color="#9aa0a8", lw=1)
+            axes.set_xlabel(title)
+            axes.margins(x=0.1, y=0.15)
+        panels[0].set_ylabel(" / ".join(dict.fromkeys(point[2] for point in points)))
+        _legend_of_names(drawn, names, engines)
     return drawn.svg
 
 

@@ -73,6 +73,8 @@ class ClientConnection(H11Protocol):
         return bool(idle)
 
 
-def _cancelled(timer: asyncio.TimerHandle | None) -> None:
+def _cancelled(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+    """Nothing, in the timer's place."""
     if timer is not None:
         timer.cancel()
+    return None

@@ -79,6 +79,7 @@ def serve(
         def cut_all(self) -> None:
             """uvicorn alone would still wait for what is being sent."""
             for connection in list(self.server_state.connections):
+                assert isinstance(connection, ClientConnection)
                 connection.cut()
 
     async def main() -> None:
