@@ -227,11 +227,22 @@ def up_backward(
     return torch.empty_like(dx_ND).index_copy_(0, order_N.long(), dx_ND)
 
 
+def _weight_grad(like: torch.Tensor, offset_E1: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
+    """[E, rows, cols], written only for experts without tokens: the gradient of a large model is as large again, and
+    every pass over it counts."""
+    counts = offset_E1.diff().tolist()
+    grad_ERC = like.new_empty(len(counts), rows, cols)
+    for expert, count in enumerate(counts):
+        if not count:
+            grad_ERC[expert] = 0
+    return grad_ERC
+
+
 def up_weight_grad(
     dpre_N2F: torch.Tensor, x_TD: torch.Tensor, order_N: torch.Tensor, offset_E1: torch.Tensor, top_k: int
 ) -> torch.Tensor:
     """dgate_up [E, 2F, D]; zero for an expert without tokens."""
-    grad_E2FD = x_TD.new_zeros(len(offset_E1) - 1, dpre_N2F.shape[1], x_TD.shape[1])
+    grad_E2FD = _weight_grad(x_TD, offset_E1, dpre_N2F.shape[1], x_TD.shape[1])
     for expert, dpre_n2F, x_nD in _per_expert(offset_E1, dpre_N2F, x_TD[order_N // top_k]):
         torch.mm(dpre_n2F.T, x_nD, out=grad_E2FD[expert])
     return grad_E2FD
@@ -241,7 +252,7 @@ def down_weight_grad(
     dy_TD: torch.Tensor, weighted_act_NF: torch.Tensor, order_N: torch.Tensor, offset_E1: torch.Tensor, top_k: int
 ) -> torch.Tensor:
     """ddown [E, D, F]; zero for an expert without tokens."""
-    grad_EDF = dy_TD.new_zeros(len(offset_E1) - 1, dy_TD.shape[1], weighted_act_NF.shape[1])
+    grad_EDF = _weight_grad(dy_TD, offset_E1, dy_TD.shape[1], weighted_act_NF.shape[1])
     for expert, act_nF, dy_nD in _per_expert(offset_E1, weighted_act_NF, dy_TD[order_N // top_k]):
         torch.mm(dy_nD.T, act_nF, out=grad_EDF[expert])
     return grad_EDF

@@ -132,7 +132,7 @@ def our_steps(pipe: Connection, config: TrainConfig, folder: Path) -> None:
         work = {key: int(trainer.totals[key] - before[key]) for key in ("tokens", "flops")}
         turns.end(metrics["loss"], work, positions, metrics["data_wait"])
     trainer.loader.close()
-    trainer.log.close()
+    trainer.close()
 
 
 def hugging_face_steps(pipe: Connection, config: TrainConfig, folder: Path, steps: int, *, padded: bool) -> None:

@@ -148,7 +148,7 @@ class NMMModel(NMMPreTrainedModel):
         if T > 1 or attention_mask is not None:
             span_BT = image_spans(is_image_BT)
             eager_cpu = x_BTD.device.type == "cpu" and not torch.compiler.is_compiling()
-            if eager_cpu and document_ids is not None and attention_mask is None:
+            if eager_cpu and document_ids is not None and attention_mask is None and not num_past:
                 mask = document_masks(span_BT, document_ids, x_BTD.dtype)
             else:
                 mask = additive(build_mask(span_BT, num_past + T, attention_mask, document_ids), x_BTD.dtype)
