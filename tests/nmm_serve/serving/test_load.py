@@ -3,11 +3,13 @@
 import asyncio
 import base64
 import json
+import os
 import random
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from exported import exported
@@ -254,11 +256,20 @@ def soak(served, count):
     return kinds
 
 
+def resident_bytes():
+    """Of this process, which the server is a part of; 0 where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 def check_soak(served, count):
     soak(served, 12)  # whatever is made once is made now
     served.client.close()
     served.client = httpx.Client(base_url=served.client.base_url, timeout=60)
-    before, threads = served.ended(), threading.active_count()
+    before, threads, memory = served.ended(), threading.active_count(), resident_bytes()
     kinds = soak(served, count)
     after = served.ended()
     assert len(kinds) == count
@@ -275,6 +286,7 @@ def check_soak(served, count):
         assert time.monotonic() < end, "a connection or its task is left"
         time.sleep(0.05)
     assert threading.active_count() <= threads + 2, "threads are left"
+    assert resident_bytes() - memory < 64 * 2**20, "memory is left"
 
 
 def test_a_soak_leaves_nothing_behind(served):
