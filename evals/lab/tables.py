@@ -44,7 +44,7 @@ def claims_table(document: dict[str, Any]) -> Table:
         "group",
         "engine",
         "cell",
-        "model",
+        "against",
         "TTFT lower by",
         "TPOT lower by",
         "E2E lower by",
