@@ -187,13 +187,16 @@ def test_several_processes_need_a_strategy(recipe, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_killed_group_goes_on(recipe, runs, tmp_path):
+def test_killed_group_goes_on(recipe, tmp_path):
     """SIGKILL to all processes at once, as a machine that goes down; the command line, as a user types it."""
-    options = [word for option in [*MOE, FSDP] for word in ("--set", option)]
+    longer = [*MOE, "steps=20"]
+    train(load_config(recipe, longer), tmp_path / "whole")
+    options = [word for option in [*longer, FSDP] for word in ("--set", option)]
     command = ["-m", "nmm_serve.cli.train", "run", recipe, "--out", str(tmp_path / "run"), *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     group = subprocess.Popen(torchrun(2, *command), env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
-    while not resume_points(tmp_path / "run/checkpoints") and group.poll() is None:
+    while not list(tmp_path.glob("run/checkpoints/step-*")):
+        assert group.poll() is None
         time.sleep(0.05)
     for pid in (*children(group.pid), group.pid):
         os.kill(pid, signal.SIGKILL)
@@ -202,5 +205,5 @@ def test_killed_group_goes_on(recipe, runs, tmp_path):
     done = subprocess.run(torchrun(2, *command), env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("checkpoint: ") == 1, "one process reports"
-    for actual, row in zip(numbers(tmp_path / "run"), numbers(runs / "moe"), strict=True):
+    for actual, row in zip(numbers(tmp_path / "run"), numbers(tmp_path / "whole"), strict=True):
         assert actual == pytest.approx(row, rel=1e-5, abs=1e-5)
