@@ -190,7 +190,13 @@ def spread(model: NMMForConditionalGeneration, procs: Processes, dtype: torch.dt
                 model.batch_group = group
     if procs.strategy == "ddp":
         model.to(procs.device)
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+        encoder = model.config.encoder
+        return DistributedDataParallel(
+            model,
+            gradient_as_bucket_view=True,
+            # a pooling head that is not used, say; our own modules all are
+            find_unused_parameters=encoder is not None and encoder.pretrained is not None,
+        )
     mesh = init_device_mesh(procs.device, (procs.count,))
     policy = (
         MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -230,8 +236,8 @@ def sharded_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     return tensor.to(parameter.device)
 
 
-def whole_model(model: NMMForConditionalGeneration, procs: Processes) -> NMMForConditionalGeneration | None:
-    """The model with all its weights, in the main process; None in the others. Every process must call."""
+def whole_model(model: NMMForConditionalGeneration, procs: Processes) -> NMMForConditionalGeneration:
+    """The model with all its weights, in the main process; the others, who must call too, get theirs as it is."""
     if procs.strategy == "none":
         return model
     weights: dict[str, torch.Tensor] = {}
@@ -240,7 +246,7 @@ def whole_model(model: NMMForConditionalGeneration, procs: Processes) -> NMMForC
         if procs.main:
             weights[name] = full.cpu()
     if not procs.main:
-        return None
+        return model
     with torch.device("meta"):
         copy = NMMForConditionalGeneration(model.config)
     copy.load_state_dict(weights, assign=True)

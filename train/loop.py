@@ -114,7 +114,7 @@ class Trainer:
         self.parts = describe_parts(self.model, config.optimizer)
         if config.parallel.activation_checkpointing:
             recompute_activations(self.model)
-        self.forward = spread(self.model, procs, self.dtype, division)
+        self.forward: Any = spread(self.model, procs, self.dtype, division)
         self.optimizer = build_optimizer(self.model, config.optimizer, self.peak_lr)
         state: dict[str, Any] = {}
         if point is not None and sharded:

@@ -192,5 +192,5 @@ def _check(path: Path, procs: Processes) -> dict[str, Any]:
                 bad.append(str(file))
     found = procs.merged({procs.rank: bad})
     if any(found.values()):
-        procs.fail(damaged(next(name for names in found.values() for name in names), path))
+        procs.fail(damaged(Path(next(name for names in found.values() for name in names)), path))
     return state
