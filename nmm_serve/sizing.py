@@ -1,6 +1,6 @@
 """Parameters and FLOPs in closed form, from a config alone."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from nmm_serve.config import NMMConfig, NMMVisionConfig
@@ -113,17 +113,31 @@ def forward_flops(config: NMMConfig, images: Sequence[int], documents: Sequence[
         documents: tokens of each document, image tokens included; attention stays inside a document.
         logits: positions where the output layer runs (default: every token that is no image's).
     """
+    return sum(map(sum, _forward_by_part(config, images, documents, logits).values()))
+
+
+def _forward_by_part(
+    config: NMMConfig, images: Sequence[int], documents: Sequence[int], logits: int | None
+) -> dict[str, tuple[int, int]]:
+    """FLOPs of the products with weights and of attention, part by part from the pixels on."""
     c, counts = config, count_params(config)
     tokens, patches = sum(documents), sum(images)
     image_tokens = sum(map(c.image_tokens, images))
     logits = tokens - image_tokens if logits is None else logits
-    flops = 2 * counts.decoder_active * tokens + 2 * c.hidden_size * c.vocab_size * logits
-    flops += 2 * c.patch_dim * c.vision_width * patches
-    flops += attention_flops(c.num_hidden_layers, c.num_attention_heads * c.head_dim, documents)
+    parts = {"connector": (2 * c.patch_dim * c.vision_width * patches, 0)}
     if (v := c.encoder) is not None:
-        flops += 2 * (counts.vision * patches + v.hidden_size * c.hidden_size * image_tokens)
-        flops += attention_flops(v.num_hidden_layers, v.hidden_size, images)
-    return flops
+        parts = {
+            "vision": (
+                2 * (c.patch_dim * c.vision_width + counts.vision) * patches,
+                attention_flops(v.num_hidden_layers, v.hidden_size, images),
+            ),
+            "connector": (2 * v.hidden_size * c.hidden_size * image_tokens, 0),
+        }
+    parts["decoder"] = (
+        2 * counts.decoder_active * tokens + 2 * c.hidden_size * c.vocab_size * logits,
+        attention_flops(c.num_hidden_layers, c.num_attention_heads * c.head_dim, documents),
+    )
+    return parts
 
 
 def attention_flops(layers: int, width: int, lengths: Sequence[int]) -> int:
@@ -131,8 +145,26 @@ def attention_flops(layers: int, width: int, lengths: Sequence[int]) -> int:
     return 4 * layers * width * sum(length * length for length in lengths)
 
 
+ALL_PARTS = ("vision", "connector", "decoder")
+
+
 def training_flops(
-    config: NMMConfig, images: Sequence[int], documents: Sequence[int], logits: int | None = None
+    config: NMMConfig,
+    images: Sequence[int],
+    documents: Sequence[int],
+    logits: int | None = None,
+    trained: Collection[str] = ALL_PARTS,
 ) -> int:
-    """Forward and backward: three times the forward pass."""
-    return 3 * forward_flops(config, images, documents, logits)
+    """Forward and backward: three times the forward pass where all is trained.
+
+    Args:
+        trained: parts with trained parameters; `adapters` are those in the decoder, whose own products are not counted.
+            A frozen part has no products for its weights' gradients, and no backward pass at all where nothing before
+            it is trained.
+    """
+    flops, passed_on = 0, False
+    for part, (products, attention) in _forward_by_part(config, images, documents, logits).items():
+        passed_on = passed_on or part in trained or (part == "decoder" and "adapters" in trained)
+        flops += products + attention
+        flops += (products + 2 * attention) * passed_on + products * (part in trained)
+    return flops

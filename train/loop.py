@@ -220,7 +220,8 @@ class Trainer:
         waited = self.loader.wait_seconds
         batches = [next(self.loader) for _ in range(self.passes)]
         waited = self.loader.wait_seconds - waited
-        parts = [batch_work(self.model.config, b) for b in batches]
+        trained = [part for part, entry in self.parts.items() if entry["trained"]]
+        parts = [batch_work(self.model.config, b, trained) for b in batches]
         work = self.procs.sums({key: sum(part[key] for part in parts) for key in parts[0]})
         losses = {"loss": 0.0}
         # the routers' logits exist anyway; asked for in every step, so that a compiled model stays one graph

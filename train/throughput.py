@@ -1,11 +1,12 @@
 """How much work a batch is, and how much this machine could do: tokens, FLOPs, and the measured matrix-product rate."""
 
 import time
+from collections.abc import Collection
 
 import torch
 
 from nmm_serve.config import NMMConfig
-from nmm_serve.sizing import training_flops
+from nmm_serve.sizing import ALL_PARTS, training_flops
 from nmm_serve.train.data.packing import Batch
 
 
@@ -29,7 +30,7 @@ def _synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def batch_work(config: NMMConfig, batch: Batch) -> dict[str, int]:
+def batch_work(config: NMMConfig, batch: Batch, trained: Collection[str] = ALL_PARTS) -> dict[str, int]:
     """Tokens and training FLOPs (matrix products, attention included) of one packed batch; padding is no work."""
     document_BT = batch["document_ids"]
     rows_B1 = torch.arange(document_BT.shape[0])[:, None] * (int(document_BT.max()) + 1)
@@ -41,7 +42,7 @@ def batch_work(config: NMMConfig, batch: Batch) -> dict[str, int]:
         "tokens": sum(documents),
         "image_tokens": sum(map(config.image_tokens, images)),
         "labels": labels,
-        "flops": training_flops(config, images, documents, logits=labels),
+        "flops": training_flops(config, images, documents, logits=labels, trained=trained),
     }
 
 

@@ -15,6 +15,7 @@ from nmm_serve.config import NMMConfig
 from nmm_serve.kernels.moe import route
 from nmm_serve.presets import PAPER, preset
 from nmm_serve.sizing import attention_flops, count_params, paper_flops, training_flops
+from nmm_serve.train.parts import part_of
 
 NAMES = ("early", "late", "moe", "late-moe")
 
@@ -59,6 +60,21 @@ def test_profiler_and_closed_form_agree_within_two_percent(family, tmp_path, mon
     pixels = 2 * c.patch_dim * c.vision_width * sum(images)
     assert products == pytest.approx(total - own_attention - pixels, rel=0.02)
     assert attention == pytest.approx(own_attention, rel=0.02)
+
+
+@pytest.mark.parametrize("trained", ["vision", "connector", "decoder"])
+def test_frozen_parts_cost_what_the_profiler_counts(trained, tmp_path):
+    model = load_model(make_checkpoint(tmp_path / "m", **FAMILIES["late"])).train()
+    c = model.config
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name, late=True) == trained)
+    ids = torch.tensor([[c.image_token_id] * 64 + list(range(20, 220))])
+    pixels, grid = torch.zeros(64, c.patch_dim), torch.tensor([[8, 8]])
+    labels = ids.masked_fill(ids == c.image_token_id, -100)
+    inputs = {"input_ids": ids, "pixel_values": pixels, "image_grid": grid, "labels": labels}
+    total = training_flops(c, [64], [264], logits=200, trained=[trained])
+    pixels_again = 2 * c.patch_dim * c.vision_width * 64 if trained == "vision" else 0  # they get no gradient
+    assert sum(counted(model, inputs)) == pytest.approx(total - pixels_again, rel=0.02)
 
 
 @pytest.mark.parametrize("name", [n for n in PAPER if n != "early-8.13b"])
