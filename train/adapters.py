@@ -28,11 +28,12 @@ class Adapters:
 
     Args:
         model: gets the adapters put in place; its parameters keep their names but for the wrapped ones.
+        base: checkpoint of the model as it is without them, which PEFT's files name.
 
     Raises ConfigError for a target that the decoder does not have, or when PEFT is not installed.
     """
 
-    def __init__(self, model: NMMForConditionalGeneration, config: TrainConfig, soft_token_id: int):
+    def __init__(self, model: NMMForConditionalGeneration, config: TrainConfig, soft_token_id: int, base: Path):
         try:
             import peft
         except ImportError:
@@ -48,6 +49,7 @@ class Adapters:
                 trainable_token_indices={"embed_tokens": [soft_token_id]} if config.soft_token else None,
             )
         self._wrapped = peft.get_peft_model(model, settings)
+        self._wrapped.peft_config["default"].base_model_name_or_path = str(base)
 
     def merged(self) -> NMMForConditionalGeneration:
         """A copy of the model with the adapters merged into its weights."""
@@ -56,6 +58,7 @@ class Adapters:
     def save(self, folder: Path) -> None:
         """The adapters alone, in PEFT's own files."""
         self._wrapped.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)  # an empty form
 
 
 def _pattern(model: NMMForConditionalGeneration, targets: tuple[str, ...]) -> str:

@@ -108,7 +108,9 @@ class Trainer:
         self.processor.image_processor.raw_pixels = takes_raw_pixels(self.device)
         if adapted and point is None:
             save_checkpoint(out / BASE, self.model, self.processor, {"name": f"{config.name}, before training"})
-        self.adapters = Adapters(self.model, config, self.processor.token_id(SOFT_TOKEN)) if adapted else None
+        self.adapters = (
+            Adapters(self.model, config, self.processor.token_id(SOFT_TOKEN), out / BASE) if adapted else None
+        )
         self.model.train()
         freeze(self.model, config.optimizer)
         self.parts = describe_parts(self.model, config.optimizer)

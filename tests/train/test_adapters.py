@@ -58,7 +58,8 @@ def test_the_final_checkpoint_is_the_base_with_low_rank_updates(run, start, conf
         table = "model.embed_tokens.weight"
         rows = (before[table] != after[table]).any(1).nonzero().flatten().tolist()
         assert rows == [load_processor(start).token_id("<|image_start|>")]
-    assert json.loads((run / "adapters/adapter_config.json").read_text())["r"] == 2
+    written = json.loads((run / "adapters/adapter_config.json").read_text())
+    assert (written["r"], written["base_model_name_or_path"]) == (2, str(run / "base"))
 
 
 def test_the_record_counts_what_was_trained(run, config):
