@@ -61,7 +61,22 @@ class VLLMGate(Gate):
         importlib.import_module("nmm_serve.server_images")
         if parent := os.environ.get(PARENT):
             threading.Thread(target=end_with, args=(int(parent),), daemon=True).start()
+        self._told = False
         super().__init__(app, os.environ.get("VLLM_API_KEY"))
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if not self._told and scope.get("path") == "/metrics" and "app" in scope:
+            self._told = True
+            tell_limit(scope["app"].state)
+        await super().__call__(scope, receive, send)
+
+
+def tell_limit(state: Any) -> None:
+    """Among vLLM's metrics are the requests that run and wait, but not how many it runs at once."""
+    from prometheus_client import Gauge
+
+    gauge = Gauge("nmm_max_num_seqs", "Requests that run at once at most.", multiprocess_mode="max")
+    gauge.set(state.vllm_config.scheduler_config.max_num_seqs)
 
 
 class BodyLimit:

@@ -32,6 +32,7 @@ class Occupancy:
         self.reason: str | None = "nothing was asked: all answers were kept from an earlier run"
         """Why there is no share."""
         self._num_in_flight = 0
+        self._told = False
         self.full_s = 0.0
         self.first_full_s: float | None = None
         self.last_admitted_s = self.begin_s
@@ -39,9 +40,11 @@ class Occupancy:
         self._full_since_s: float | None = None
         self._lock = threading.Lock()
 
-    def start(self, limit: int, seen_by: str) -> None:
-        """`limit` requests make a full batch; `seen_by` says in words what is counted, and by whom."""
+    def start(self, limit: int, seen_by: str, *, told: bool = False) -> None:
+        """`limit` requests make a full batch; `seen_by` says in words what is counted, and by whom. `told`: somebody
+        else calls `full`, and `in_flight` only tells when requests are admitted."""
         self.limit, self.seen_by, self.reason, self.asked = limit, seen_by, None, True
+        self._told = told
         self.begin_s = self.last_admitted_s = time.perf_counter()
 
     def unknown(self, reason: str) -> None:
@@ -75,7 +78,8 @@ class Occupancy:
             if self._full_since_s is not None:
                 self.full(self._full_since_s, now)
             self._num_in_flight += change
-            self._full_since_s = now if self._num_in_flight == self.limit else None
+            is_full = self._num_in_flight == self.limit and not self._told
+            self._full_since_s = now if is_full else None
             if change > 0:
                 self.admitted(now)
 

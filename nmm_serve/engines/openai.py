@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
@@ -23,10 +23,12 @@ from PIL import Image
 
 from nmm_serve.engines.base import Output, Progress, Request, SamplingParams, Score, ScoreRequest, Timing
 from nmm_serve.engines.occupancy import Occupancy
+from nmm_serve.engines.server_load import EVERY_S, GAUGES, ServerLoad
 from nmm_serve.errors import ConfigError, EngineError, ImageError, PromptError, unknown_name
 from nmm_serve.images import load_image
 
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0
+METRICS_TIMEOUT_S = 2.0
 RETRIED_STATUS = {408, 409, 425, 429}
 """Beside every 5xx: too slow, conflict, too early, too many."""
 
@@ -81,8 +83,9 @@ class OpenAIEngine:
         self.stopping = threading.Event()
         card = self._find_model(served_model)
         self.served_model: str = card["id"]
-        self.is_vllm = card.get("owned_by") == "vllm"
-        self.is_extended = card.get("owned_by") in ("vllm", "nmm-serve")
+        self.owner: str = card.get("owned_by") or ""
+        self.is_vllm = self.owner == "vllm"
+        self.is_extended = self.owner in ("vllm", "nmm-serve")
         """Whether the server takes vLLM's additions: `ignore_eos`, `return_token_ids`, `prompt_logprobs`."""
         self.context_length: int | None = card.get("max_model_len")
 
@@ -109,14 +112,25 @@ class OpenAIEngine:
         return self._in_parallel(self._answer, requests, progress)
 
     def stream(self, requests: Iterable[Request], occupancy: Occupancy) -> Iterator[tuple[int, Output]]:
-        """`concurrency` requests are in flight until the last one is sent."""
-        occupancy.start(self.concurrency, "the client: requests in flight; what the server does with them is not seen")
+        """`concurrency` requests are in flight until the last one is sent. A full batch is the server's where its
+        metrics tell how many requests it runs at once, and else the client's own `concurrency`."""
+        load = ServerLoad(self._metrics, self.owner) if self.owner in GAUGES else None
+        limit = load.limit() if load else None
+        watched: AbstractContextManager[None] = nullcontext()
+        if load and limit:
+            seen_by = f"the server's metrics, read every {EVERY_S:g} s: requests that run or wait"
+            occupancy.start(limit, seen_by, told=True)
+            watched = load.watched(limit, occupancy)
+        else:
+            seen_by = "the client: its requests in flight, since the server does not tell how many it runs at once"
+            occupancy.start(self.concurrency, seen_by)
 
         def answer(item: tuple[int, Request]) -> tuple[int, Output]:
             position, request = item
             return position, self._answer(request, occupancy)
 
-        yield from self._as_they_end(answer, enumerate(requests))
+        with watched:
+            yield from self._as_they_end(answer, enumerate(requests))
         occupancy.end()
 
     def loglikelihood(self, requests: Sequence[ScoreRequest], progress: Progress | None = None) -> list[Score]:
@@ -260,9 +274,8 @@ class OpenAIEngine:
         )
 
     def _tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
-        root = self.client.with_options(base_url=str(self.client.base_url).removesuffix("/").removesuffix("/v1"))
         body = {"model": self.served_model, "prompt": text, "add_special_tokens": add_special_tokens}
-        response: Any = root.post("/tokenize", body=body, cast_to=object)
+        response: Any = self._root.post("/tokenize", body=body, cast_to=object)
         return response["tokens"]
 
     def _score_echo(self, request: ScoreRequest) -> Score:
@@ -315,10 +328,20 @@ class OpenAIEngine:
             raise EngineError(f"{self.model}: {unknown_name('model', wanted, names)}")
         return cards[names.index(wanted)]
 
-    def _vllm_version(self) -> str:
-        root = self.client.with_options(base_url=str(self.client.base_url).removesuffix("/").removesuffix("/v1"))
+    @property
+    def _root(self) -> Any:
+        """The server beside its API."""
+        return self.client.with_options(base_url=str(self.client.base_url).removesuffix("/").removesuffix("/v1"))
+
+    def _metrics(self) -> str | None:
         try:
-            response: Any = root.get("/version", cast_to=object)
+            return self._root.get("/metrics", cast_to=str, options={"timeout": METRICS_TIMEOUT_S})
+        except self.openai.OpenAIError:
+            return None
+
+    def _vllm_version(self) -> str:
+        try:
+            response: Any = self._root.get("/version", cast_to=object)
             return response["version"]
         except (self.openai.OpenAIError, KeyError, TypeError):
             return "(version not told)"

@@ -224,11 +224,11 @@ class VLLMEngine:
         }
 
     def generate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Output]:
-        return self.run([Generation(self, request) for request in requests], progress)
+        return self.run([Generation(self, i, request) for i, request in enumerate(requests)], progress)
 
     def loglikelihood(self, requests: Sequence[ScoreRequest], progress: Progress | None = None) -> list[Score]:
         """Raises PromptError when a context and its continuation do not fit the model's context."""
-        return self.run([Scoring(self, request) for request in requests], progress)
+        return self.run([Scoring(self, i, request) for i, request in enumerate(requests)], progress)
 
     def run(self, tasks: Sequence[Task], progress: Progress | None) -> list[Any]:
         """Results in order. A task is prepared when there is room for it, on its own clock."""
@@ -240,7 +240,7 @@ class VLLMEngine:
 
     def stream(self, requests: Iterable[Request], occupancy: Occupancy) -> Iterator[tuple[int, Output]]:
         """Prompts are prepared in threads while others run; a request's clock starts when it is handed to vLLM."""
-        tasks = (Generation(self, request, position) for position, request in enumerate(requests))
+        tasks = (Generation(self, i, request) for i, request in enumerate(requests))
         with Ahead(tasks, self.prepare, LOOK_AHEAD * self.max_num_seqs, PREPARING_THREADS) as ahead:
             for task in self.feed(ahead.take, occupancy):
                 yield task.position, task.result()
@@ -251,23 +251,20 @@ class VLLMEngine:
         Args:
             take: the next prepared task. None when there is none now or, called with True, none any more.
         """
-        occupancy.start(
-            self.max_num_seqs,
-            "the engine: time in steps that max_num_seqs requests shared",
-        )
+        occupancy.start(self.max_num_seqs, "the engine: time in steps that max_num_seqs requests shared")
         running: dict[str, Task] = {}
-        count = 0
         try:
             while True:
                 begin = time.perf_counter()
                 while len(running) < self.max_num_seqs and (task := take(not running)):
                     task.begin = begin
-                    if self.start(str(count), task):
-                        running[str(count)] = task
-                        occupancy.admitted(time.perf_counter())
-                    else:
+                    if task.prompt is None:
                         yield task
-                    count += 1
+                        continue
+                    self.engine.add_request(str(task.position), task.prompt, task.prompt.params)
+                    task.prompt = None  # vLLM has its patches now, and the task lives until its result is taken
+                    running[str(task.position)] = task
+                    occupancy.admitted(time.perf_counter())
                 if not running:
                     occupancy.end()
                     return
@@ -301,26 +298,14 @@ class VLLMEngine:
                 )
             prompt = self.prompts.make(ids, [self.prompts.patches(image) for image in images])
             task.check(len(prompt["prompt_token_ids"]))
-            task.prompt, task.params = prompt, params
+            # vLLM's `add_request` would do this too, but between two steps
+            task.prompt = self.engine.input_processor.process_inputs(
+                str(task.position), prompt, params, self.engine.get_supported_tasks()
+            )
         except (NMMError, VLLMClientError, ValueError) as error:
             task.fail(error)
         task.preprocess_s = time.perf_counter() - start
         return task
-
-    def start(self, request_id: str, task: Task) -> bool:
-        """Hand a prepared task to vLLM; False if it has failed."""
-        from vllm.exceptions import VLLMClientError
-
-        if task.prompt is None:
-            return False
-        try:
-            self.engine.add_request(request_id, task.prompt, task.params)
-        except (VLLMClientError, ValueError) as error:
-            task.fail(error)
-            return False
-        finally:
-            task.prompt = None  # vLLM has its patches now; the task lives until its result is taken
-        return True
 
     @contextlib.contextmanager
     def eager_only(self) -> Iterator[None]:

@@ -19,15 +19,14 @@ Prepared = tuple[list[int], Sequence[Any], "VLLMSamplingParams"]
 class Generation:
     """One request on its way."""
 
-    def __init__(self, engine: "VLLMEngine", request: Request, position: int = 0):
+    def __init__(self, engine: "VLLMEngine", position: int, request: Request):
         self.engine = engine
-        self.request = request
         self.position = position
+        self.request = request
         self.begin = 0.0
         self.preprocess_s = 0.0
         self.prompt: Any = None
-        """For vLLM, with its `params`; None until `VLLMEngine.prepare`, and when that failed."""
-        self.params: Any = None
+        """vLLM's own request, made by `VLLMEngine.prepare`; None when that failed."""
         self.num_prompt_tokens = 0
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
@@ -106,12 +105,12 @@ class Generation:
 class Scoring:
     """One log-likelihood on its way: all but the last token are the prompt, the last is looked up as the next one."""
 
-    def __init__(self, engine: "VLLMEngine", request: ScoreRequest):
+    def __init__(self, engine: "VLLMEngine", position: int, request: ScoreRequest):
         self.engine = engine
+        self.position = position
         self.request = request
         self.begin = self.preprocess_s = 0.0
         self.prompt: Any = None
-        self.params: Any = None
         self.target = engine.processor.continuation_ids(request.continuation)
         self.logprobs: list[float] = []
         self.is_greedy = True

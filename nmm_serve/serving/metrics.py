@@ -27,6 +27,7 @@ class Metrics:
         self.new_tokens = Counter("nmm_generation_tokens", "New tokens.", registry=self.registry)
         self.running = Gauge("nmm_requests_running", "Answers in the making.", registry=self.registry)
         self.waiting = Gauge("nmm_requests_waiting", "Answers waiting for a slot.", registry=self.registry)
+        self.limit = Gauge("nmm_requests_limit", "Answers in the making at most.", registry=self.registry)
         self.ttft = Histogram("nmm_time_to_first_token_seconds", "From arrival to the first token.", buckets=SECONDS,
                               registry=self.registry)  # fmt: skip
         self.e2e = Histogram("nmm_request_seconds", "From arrival to the last token.", buckets=SECONDS,
@@ -34,6 +35,7 @@ class Metrics:
 
     def watch(self, scheduler: Scheduler) -> None:
         self.running.set_function(lambda: len(scheduler.running) + (scheduler.arriving is not None))
+        self.limit.set(scheduler.runtime.slots)
         self.waiting.set_function(lambda: len(scheduler.waiting))
 
     def ended(self, job: Job) -> None:

@@ -6,15 +6,17 @@ import json
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 pytest.importorskip("openai")
 
-from nmm_serve.engines import open_engine
+from nmm_serve.engines import open_engine, server_load
 from nmm_serve.engines import openai as module
 from nmm_serve.engines.base import Engine, Request, SamplingParams, ScoreRequest
+from nmm_serve.engines.occupancy import Occupancy
 from nmm_serve.engines.openai import OpenAIEngine, base_url, with_images
 from nmm_serve.errors import ConfigError, EngineError, PromptError
 
@@ -29,6 +31,8 @@ class FakeServer:
         self.headers: list = []
         self.in_flight = self.most_in_flight = 0
         self.delay = 0.0
+        self.load: float | None = None
+        """How many requests it says that it runs at once, among its metrics. None: it has no such page."""
         self.lock = threading.Lock()
         fake = self
 
@@ -40,6 +44,13 @@ class FakeServer:
                 if self.path == "/v1/models":
                     cards = [{"id": m, "object": "model", "created": 0, "owned_by": fake.owned_by} for m in fake.models]
                     self.reply(200, {"object": "list", "data": cards})
+                elif self.path == "/metrics" and fake.load is not None:
+                    with fake.lock:
+                        line = 'vllm:num_requests_%s{model_name="m",engine="0"} %.1f\n'
+                        page = line % ("running", min(fake.in_flight, 2))
+                        page += line % ("waiting", max(fake.in_flight - 2, 0))
+                        page += f"nmm_max_num_seqs {fake.load}\n"
+                    self.reply(200, page.encode(), content_type="text/plain")
                 elif self.path == "/version":
                     self.reply(200, {"version": "0.32.0"})
                 else:
@@ -61,10 +72,10 @@ class FakeServer:
                     with fake.lock:
                         fake.in_flight -= 1
 
-            def reply(self, status, document, **headers):
+            def reply(self, status, document, content_type="application/json", **headers):
                 data = document if isinstance(document, bytes) else json.dumps(document).encode()
                 self.send_response(status)
-                self.send_header("content-type", "application/json")
+                self.send_header("content-type", content_type)
                 self.send_header("content-length", str(len(data)))
                 for name, value in headers.items():
                     self.send_header(name.replace("_", "-"), value)
@@ -400,3 +411,60 @@ def test_scores_that_the_server_cannot_give(server):
         engine.loglikelihood([ScoreRequest(context="a", continuation="")])
     # a failed call leaves the engine usable
     assert engine.loglikelihood([ScoreRequest(context="ab", continuation="c")])[0].num_tokens == 1
+
+
+def ask_stream(server, count, concurrency):
+    taken = []
+    requests = (taken.append(i) or Request(prompt=f"{i}") for i in range(count))
+    occupancy = Occupancy()
+    with OpenAIEngine(server.url, concurrency=concurrency) as engine:
+        outputs = {}
+        for position, output in engine.stream(requests, occupancy):
+            outputs[position] = output.text
+            assert len(taken) <= len(outputs) + 4 * concurrency
+    assert outputs == {i: f"you said {i}" for i in range(count)}
+    return occupancy.section()
+
+
+def test_a_stream_keeps_its_window_full(server):
+    server.delay = 0.02
+    speed = ask_stream(server, 40, 4)
+    assert server.most_in_flight >= 4  # the server sees a request end later than the client does
+    assert speed["full_batch"]["limit"] == 4
+    assert speed["full_batch"]["seen_by"].startswith("the client")
+    assert 0 < speed["full_batch_share"] < 1
+    assert 0 < speed["steady_full_batch_share"] <= 1
+
+
+def test_a_server_that_tells_its_load_is_asked_for_it(server, monkeypatch):
+    monkeypatch.setattr(server_load, "EVERY_S", 0.01)
+    server.owned_by, server.delay, server.load = "vllm", 0.1, 3.0
+    speed = ask_stream(server, 20, 4)
+    assert speed["full_batch"]["limit"] == 3
+    assert "the server's metrics" in speed["full_batch"]["seen_by"]
+    assert 0 < speed["full_batch_share"] < 1
+    server.load = 5.0  # more than are ever in flight
+    speed = ask_stream(server, 8, 4)
+    assert (speed["full_batch_share"], speed["steady_full_batch_share"]) == (0, None)
+    assert "never 5 requests at once" in speed["full_batch_reason"]
+
+
+def test_a_stream_of_nothing_and_of_failures(server):
+    with OpenAIEngine(server.url) as engine:
+        assert list(engine.stream([], Occupancy())) == []
+        ((_, output),) = engine.stream([Request(prompt="<|image|>", images=[Path("gone.png")])], Occupancy())
+    assert "raw prompt" in output.error
+
+
+@pytest.mark.parametrize(
+    ("page", "value"),
+    [
+        ("", None),
+        ("# HELP x a\n# TYPE x gauge\nx 3.0\n", 3),
+        ('x{a="1"} 2.0\nx{a="2"} 3.0\n', 5),
+        ("xy 1.0\n", None),
+        ("x nonsense\n", None),
+    ],
+)
+def test_gauges(page, value):
+    assert server_load.gauge(page, "x") == value

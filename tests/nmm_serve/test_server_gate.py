@@ -7,7 +7,10 @@ import queue
 import signal
 import subprocess
 import threading
+from functools import partial
+from types import SimpleNamespace
 
+import prometheus_client
 import pytest
 
 pytest.importorskip("vllm")
@@ -68,6 +71,21 @@ def test_without_a_key_everyone_may_enter():
 def test_every_path_needs_the_key(path):
     assert ask(path)[0] == 401
     assert ask(path, [("authorization", "Bearer sesame")])[0] == 200
+
+
+def test_metrics_tell_how_many_requests_run_at_once(monkeypatch):
+    registry = prometheus_client.CollectorRegistry()
+    monkeypatch.setattr(prometheus_client, "Gauge", partial(prometheus_client.Gauge, registry=registry))
+    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=7))
+    gate = Gate(echo)
+
+    async def nothing(*_):
+        return {"type": "http.disconnect"}
+
+    app = SimpleNamespace(state=SimpleNamespace(vllm_config=config))
+    for _ in range(2):  # a gauge of a name can be made only once
+        asyncio.run(gate({"type": "http", "path": "/metrics", "headers": [], "app": app}, nothing, nothing))
+    assert b"nmm_max_num_seqs 7.0" in prometheus_client.generate_latest(registry)
 
 
 @pytest.mark.usefixtures("_key")
