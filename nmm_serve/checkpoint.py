@@ -154,7 +154,7 @@ def load_processor(path: str | Path) -> "NMMProcessor":
         raise CheckpointError(
             f"{path}: the tokenizer has {len(processor.tokenizer)} tokens but the model only {config.vocab_size}"
         )
-    for name in ("patch_size", "image_size", "pool_image"):
+    for name in ("patch_size", "image_size", "pool_image", "native_resolution"):
         if getattr(processor.image_processor, name) != getattr(config, name):
             raise CheckpointError(f"{path}: {name} differs between processor_config.json and config.json")
     return processor

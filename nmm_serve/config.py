@@ -127,6 +127,8 @@ class NMMConfig(PreTrainedConfig):
     pool_image: bool = False
     """Late fusion: an image is one token and not one a patch: what its encoder pools it to (CLIP's class token,
     SigLIP's attention head, the mean of our ViT)."""
+    native_resolution: bool = False
+    """An image of fewer pixels than `image_size` squared is not scaled up to them: it has fewer patches instead."""
 
     num_experts: int = 0
     num_experts_per_tok: int = 1

@@ -14,7 +14,8 @@ from nmm_serve.models.vision import patchify
 
 
 class NMMImageProcessor(PilBackend):
-    """Scale an image to about `image_size` squared pixels, aspect ratio kept, and cut it into raw patches.
+    """Scale an image to about `image_size` squared pixels, aspect ratio kept, and cut it into raw patches; with
+    `native_resolution` an image that is smaller keeps its size.
 
     Output: `pixel_values` [patches of all images, 3 * patch_size^2] float32 in [-1, 1] and `image_grid`
     [images, 2] rows and columns of patches. With `raw_pixels`, `pixel_values` are the images' uint8 pixels in the same
@@ -24,11 +25,19 @@ class NMMImageProcessor(PilBackend):
     model_input_names = ["pixel_values", "image_grid"]  # noqa: RUF012
     raw_pixels = False
 
-    def __init__(self, patch_size: int = 14, image_size: int = 224, pool_image: bool = False, **kwargs):
+    def __init__(
+        self,
+        patch_size: int = 14,
+        image_size: int = 224,
+        pool_image: bool = False,
+        native_resolution: bool = False,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         self.patch_size = patch_size
         self.image_size = image_size
         self.pool_image = pool_image
+        self.native_resolution = native_resolution
 
     def to_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps. `raw_pixels` is how one process hands images over, no property of a model."""
@@ -40,11 +49,11 @@ class NMMImageProcessor(PilBackend):
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """Rows and columns of patches that an image of this size gets. Raises ImageError past 16:1."""
-        return image_grid(width, height, self.patch_size, self.image_size)
+        return image_grid(width, height, self.patch_size, self.image_size, self.native_resolution)
 
     def patches(self, image: Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:
         """One image -> ([rows*cols, 3*patch_size^2] float32, or uint8 with `raw_pixels`; (rows, cols))."""
-        return self.cut(fit_to_patches(image, self.patch_size, self.image_size))
+        return self.cut(fit_to_patches(image, self.patch_size, self.image_size, self.native_resolution))
 
     def cut(self, pixels_HWC: np.ndarray) -> tuple[torch.Tensor, tuple[int, int]]:
         """The same for pixels that `fit_to_patches` gave."""

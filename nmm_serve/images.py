@@ -72,16 +72,28 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def image_grid(width: int, height: int, patch_size: int, image_size: int) -> tuple[int, int]:
-    """Rows and columns of patches that an image of this size gets. Raises ImageError past 16:1."""
+def image_grid(
+    width: int, height: int, patch_size: int, image_size: int, native_resolution: bool = False
+) -> tuple[int, int]:
+    """Rows and columns of patches that an image of this size gets. Raises ImageError past 16:1.
+
+    With `native_resolution` an image whose own pixels fit into the patches of `image_size` squared keeps its size, but
+    for the rounding of each side to whole patches; a larger one is scaled down like any other.
+    """
     max_tokens = (image_size // patch_size) ** 2
-    return patch_grid(width, height, max_tokens, min(MAX_ASPECT_RATIO, max_tokens))
+    scaled = patch_grid(width, height, max_tokens, min(MAX_ASPECT_RATIO, max_tokens))
+    if native_resolution:
+        rows, cols = (max(1, round(side / patch_size)) for side in (height, width))
+        longest = image_size // patch_size * math.isqrt(MAX_ASPECT_RATIO)  # where the position tables end
+        if rows * cols <= max_tokens and max(rows, cols) <= longest:
+            return rows, cols
+    return scaled
 
 
-def fit_to_patches(image: Image.Image, patch_size: int, image_size: int) -> np.ndarray:
-    """Scale an image to about `image_size` squared pixels and whole patches: uint8 [rows * p, cols * p, 3]."""
+def fit_to_patches(image: Image.Image, patch_size: int, image_size: int, native_resolution: bool = False) -> np.ndarray:
+    """Scale an image to its `image_grid` of whole patches: uint8 [rows * p, cols * p, 3]."""
     image = load_image(image)
-    rows, cols = image_grid(*image.size, patch_size, image_size)
+    rows, cols = image_grid(*image.size, patch_size, image_size, native_resolution)
     size = (cols * patch_size, rows * patch_size)
     if image.size != size:
         image = image.resize(size, Image.Resampling.BICUBIC)

@@ -49,6 +49,10 @@ class NMMProcessor(PromptEncoder, ProcessorMixin):
     def pool_image(self) -> bool:  # type: ignore[override]
         return self.image_processor.pool_image
 
+    @property
+    def native_resolution(self) -> bool:  # type: ignore[override]
+        return self.image_processor.native_resolution
+
     def encode_text(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 

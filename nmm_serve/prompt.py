@@ -46,6 +46,8 @@ class PromptEncoder:
     image_size: int
     pool_image: bool = False
     """An image is one token, and not one a patch."""
+    native_resolution: bool = False
+    """Images keep their size: see `image_grid`."""
 
     def encode_text(self, text: str) -> list[int]:
         """Plain text; characters that spell a special token stay characters."""
@@ -134,7 +136,7 @@ class PromptEncoder:
 
     def _add_image(self, image: Image.Image, done: _Images) -> list[int]:
         start = time.perf_counter()
-        pixels_HWC = fit_to_patches(image, self.patch_size, self.image_size)
+        pixels_HWC = fit_to_patches(image, self.patch_size, self.image_size, self.native_resolution)
         done.seconds += time.perf_counter() - start
         done.pixels.append(pixels_HWC)
         return self.image_ids(pixels_HWC.shape[0] * pixels_HWC.shape[1] // self.patch_size**2)

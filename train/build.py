@@ -28,6 +28,7 @@ def model_config(config: TrainConfig, processor: NMMProcessor) -> NMMConfig:
         "max_position_embeddings": config.context_length,
         "patch_size": spec.patch_size,
         "image_size": spec.image_size,
+        "native_resolution": spec.native_resolution,
         "tie_word_embeddings": spec.tie_word_embeddings,
         **token_ids(processor.tokenizer),
     }
@@ -75,8 +76,9 @@ def build_processor(config: TrainConfig, mixture: Mixture) -> NMMProcessor:
         tokenizer = train_tokenizer(_corpus(config, mixture), config.tokenizer.vocab_size)
     spec = config.model
     image_processor = NMMImageProcessor(
-        patch_size=spec.patch_size, image_size=spec.image_size, pool_image=spec.pool_image
-    )
+        patch_size=spec.patch_size, image_size=spec.image_size, pool_image=spec.pool_image,
+        native_resolution=spec.native_resolution,
+    )  # fmt: skip
     return NMMProcessor(image_processor, tokenizer, chat_template=tokenizer.chat_template)
 
 

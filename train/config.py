@@ -26,6 +26,8 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     pool_image: bool = False
     """Late fusion: one token an image, the encoder's pooled output."""
+    native_resolution: bool = False
+    """Images keep their aspect ratio and size, up to `image_size` squared pixels; small ones are not scaled up."""
     num_experts: int = 8
     num_experts_per_tok: int = 1
     router: Literal["learned", "modality"] = "learned"

@@ -54,6 +54,11 @@ def export(checkpoint: str | Path, out: str | Path, quantization: Quantization =
     if (encoder := model.config.encoder) is not None and (encoder.pretrained is not None or model.config.pool_image):
         what = "an encoder of transformers" if encoder.pretrained is not None else "pooled images"
         raise EngineError(f"{checkpoint} has {what}, which the exporter has no graph for; serve it with vllm or torch")
+    if model.config.native_resolution:
+        raise EngineError(
+            f"{checkpoint} was trained with native_resolution, and an exported model scales every image to one area; "
+            "serve it with vllm or torch"
+        )
     weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     fields = described(model.config, quantization) | {
         "checkpoint_sha256": checkpoint_hash(checkpoint),

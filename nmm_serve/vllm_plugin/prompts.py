@@ -82,7 +82,8 @@ class Prompts:
         named = _file_key(image) if self.keep_images and isinstance(image, Path) else None
         if named is not None and (found := self._find(named)):
             return found
-        pixels_HWC = fit_to_patches(image, self.processor.patch_size, self.processor.image_size)
+        p = self.processor
+        pixels_HWC = fit_to_patches(image, p.patch_size, p.image_size, p.native_resolution)
         digest = hashlib.blake2b(f"{pixels_HWC.shape} ".encode() + pixels_HWC.tobytes(), digest_size=32).hexdigest()
         made = self._find(digest) if self.keep_images else None
         if made is None:

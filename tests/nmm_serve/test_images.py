@@ -9,7 +9,7 @@ from PIL import Image
 
 from nmm_serve.errors import ImageError
 from nmm_serve.image_processor import NMMImageProcessor
-from nmm_serve.images import load_image, patch_grid
+from nmm_serve.images import image_grid, load_image, patch_grid
 from nmm_serve.models.vision import max_grid_side, patchify
 
 
@@ -129,3 +129,29 @@ def test_longest_image_fits_the_position_tables():
     processor = NMMImageProcessor(patch_size=8, image_size=64)
     for size in ((1600, 100), (100, 1600), (64, 4), (4, 64)):
         assert max(processor.grid(*size)) <= max_grid_side(Config)
+
+
+@given(width=st.integers(1, 400), height=st.integers(1, 400), side=st.integers(1, 12))
+def test_native_resolution_keeps_what_fits_and_scales_the_rest_down(width, height, side):
+    p = 8
+    if max(width / height, height / width) > min(16, side * side):
+        with pytest.raises(ImageError, match="crop it"):
+            image_grid(width, height, p, side * p, native_resolution=True)
+        return
+    grid = image_grid(width, height, p, side * p, native_resolution=True)
+    own = tuple(max(1, round(x / p)) for x in (height, width))
+    assert grid in (own, image_grid(width, height, p, side * p))
+    if own[0] * own[1] <= side * side and max(own) <= 4 * side:
+        assert grid == own
+    assert grid[0] * grid[1] <= side * side
+    assert max(grid) <= 4 * side, "position tables end here"
+
+
+def test_native_resolution_leaves_whole_patches_as_they_are():
+    pixels = np.random.default_rng(0).integers(0, 255, (24, 40, 3), np.uint8)
+    native = NMMImageProcessor(patch_size=8, image_size=64, native_resolution=True, raw_pixels=False)
+    patches, grid = native.patches(Image.fromarray(pixels))
+    assert grid == (3, 5)
+    assert torch.equal(patches, patchify(torch.from_numpy(pixels), 8))
+    assert NMMImageProcessor(patch_size=8, image_size=64).grid(40, 24) != (3, 5)
+    assert native.grid(640, 640) == (8, 8)

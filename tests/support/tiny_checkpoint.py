@@ -22,7 +22,8 @@ def make_checkpoint(path: Path, **config) -> Path:
         "max_position_embeddings": 512,
     }  # fmt: skip
     fields |= token_ids(tokenizer) | config
-    images = NMMImageProcessor(patch_size=fields["patch_size"], image_size=fields["image_size"])
+    names = ("patch_size", "image_size", "native_resolution")
+    images = NMMImageProcessor(**{name: fields[name] for name in names if name in fields})
     torch.manual_seed(0)
     model = NMMForConditionalGeneration(NMMConfig(**fields))
     processor = NMMProcessor(images, tokenizer, chat_template=tokenizer.chat_template)

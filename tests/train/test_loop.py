@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from nmm_serve.checkpoint import load_model, load_processor, read_run
 from nmm_serve.errors import CheckpointError, ConfigError, TrainingError
 from nmm_serve.sizing import count_params
 from nmm_serve.train.config import load_config
+from nmm_serve.train.data.builtin import builtin_images
 from nmm_serve.train.loop import Trainer, train
 from nmm_serve.train.resume import resume_points
 from nmm_serve.train.run_folder import locked
@@ -265,3 +267,32 @@ def test_compiled_model_trains_alike(recipe, tmp_path):
         results.append([trainer.train_step()["loss"] for _ in range(3)])
         trainer.log.close()
     assert results[0] == pytest.approx(results[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["early", "late"])
+def test_native_resolution_trains_on_the_images_own_patches(recipe, tmp_path, family):
+    """Built-in pictures are smaller than `image_size` here: each is a quarter of the patches that it would be scaled
+    up to."""
+    options = [
+        f"model.family={family}",
+        "model.native_resolution=true",
+        "steps=2",
+        "accumulate=1",
+        "schedule.warmup_steps=1",
+    ]
+    options += ["model.image_size=128", "data.validation=[]", "data.sources=[{kind: builtin, which: caption}]"]
+    final = train(load_config(recipe, options), tmp_path)
+    run, processor = read_run(final), load_processor(final)
+    picture = builtin_images("train", 0).image
+    assert processor.image_processor.grid(*picture.size) == (picture.height // 8, picture.width // 8)
+    per_image = picture.height * picture.width // 64
+    assert per_image < load_model(final).config.max_image_tokens / 2
+    assert run["image_tokens"] % per_image == 0 < run["image_tokens"]
+
+
+def test_checkpoint_whose_halves_disagree_on_resolution_is_refused(whole, tmp_path):
+    shutil.copytree(whole / "final", tmp_path / "copy")
+    config = tmp_path / "copy/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"native_resolution": True}))
+    with pytest.raises(CheckpointError, match="native_resolution differs"):
+        load_processor(tmp_path / "copy")

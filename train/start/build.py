@@ -49,7 +49,7 @@ def build_started(
     elif spec.family == "late":
         width = max(32, round(fields["hidden_size"] / 64) * 32)
         fields["vision_config"] = {"hidden_size": width, "num_hidden_layers": fields["num_hidden_layers"]}
-    images = {"patch_size": spec.patch_size, "image_size": spec.image_size, "pool_image": spec.pool_image}
+    images = {name: getattr(spec, name) for name in ("patch_size", "image_size", "pool_image", "native_resolution")}
     try:
         built = NMMConfig(**fields, **images, **token_ids(tokenizer))
     except (ValueError, StrictDataclassError) as error:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from exported import checkpoint_of, exported
+from tiny_checkpoint import make_checkpoint
 
 pytest.importorskip("onnxruntime")
 
@@ -41,6 +42,12 @@ def test_a_model_that_differs_is_not_written(tmp_path, monkeypatch):
     with pytest.raises(EngineError, match="int4 model differs from torch"):
         export(checkpoint_of("early"), tmp_path / "out", "int4")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_images_of_their_own_size_are_refused(tmp_path):
+    checkpoint = make_checkpoint(tmp_path / "native", native_resolution=True)
+    with pytest.raises(EngineError, match="native_resolution.*serve it with vllm or torch"):
+        export(checkpoint, tmp_path / "out", "none")
 
 
 def test_only_an_earlier_export_is_replaced(tmp_path):
