@@ -15,7 +15,7 @@ GIB = 2**30
 
 
 @click.command(cls=Command)
-@click.option("--preset", default="large", show_default=True, help="Size of the models; their weights are random.")
+@click.option("--preset", default="base", show_default=True, help="Size of the models; their weights are random.")
 @click.option(
     "--variant", "variants", type=click.Choice(_VARIANTS), multiple=True, default=_VARIANTS, show_default=True,
     help="Give it again for each variant to be timed.",
@@ -34,8 +34,9 @@ def speed(
 
     \b
     Examples:
-      nmm-train speed --preset large -o speed.json
-      nmm-train speed --preset small --rows 8 --variant dense --variant moe
+      nmm-train speed -o speed.json
+      nmm-train speed --preset large --variant dense --variant hf_padded --variant hf_packed
+      nmm-train speed --rows 8 --variant dense --variant moe
     """
     import json
 
