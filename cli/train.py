@@ -65,7 +65,8 @@ class RunView:
     def __call__(self, event: dict[str, Any]) -> None:
         kind = event["event"]
         if kind == "start":
-            place = f"{event['device']}, {event['dtype']}"
+            several = f", {event['processes']} processes ({event['strategy']})" if event["processes"] > 1 else ""
+            place = f"{event['device']}, {event['dtype']}{several}"
             resumed = f", going on from step {event['step']}" if event["step"] else ""
             trained, frozen = event["trained_params"], event["params"] - event["trained_params"]
             note(
