@@ -111,7 +111,8 @@ def measure(
         about: dict[str, dict[str, Any]] = {}
         for name in variants:
             children[name] = _Child(name, setup)
-            about[name] = children[name].receive()  # one after the other: building is work as well
+        for name in variants:  # nothing is timed before all are built
+            about[name] = children[name].receive()
         for _ in range(rounds + 1):
             for index in random.permutation(len(variants)):
                 name = variants[index]
