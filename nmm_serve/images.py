@@ -90,7 +90,9 @@ def image_grid(
     return scaled
 
 
-def fit_to_patches(image: Image.Image, patch_size: int, image_size: int, native_resolution: bool = False) -> np.ndarray:
+def fit_to_patches(
+    image: Image.Image | Path, patch_size: int, image_size: int, native_resolution: bool = False
+) -> np.ndarray:
     """Scale an image to its `image_grid` of whole patches: uint8 [rows * p, cols * p, 3]."""
     image = load_image(image)
     rows, cols = image_grid(*image.size, patch_size, image_size, native_resolution)

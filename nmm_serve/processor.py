@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,16 +70,18 @@ class NMMProcessor(PromptEncoder, ProcessorMixin):
         patches, grids = zip(*map(self.image_processor.cut, prompt.pixels), strict=True)
         return Encoded(prompt.input_ids, torch.cat(patches), torch.tensor(grids), prompt.image_s)
 
-    def encode_parts(self, parts: Iterable[Part], images: Sequence[Image.Image] = ()) -> tuple[Encoded, list[int]]:
+    def encode_parts(
+        self, parts: Iterable[Part], images: Sequence[Image.Image | Path] = ()
+    ) -> tuple[Encoded, list[int]]:
         """`prompt_of_parts` as tensors."""
         prompt, ends = self.prompt_of_parts(parts, images)
         return self.to_tensors(prompt), ends
 
-    def encode_chat(self, messages: Iterable[dict[str, Any]], images: Sequence[Image.Image] = ()) -> Encoded:
+    def encode_chat(self, messages: Iterable[dict[str, Any]], images: Sequence[Image.Image | Path] = ()) -> Encoded:
         """`prompt_of_chat` as tensors."""
         return self.to_tensors(self.prompt_of_chat(messages, images))
 
-    def encode_prompt(self, prompt: str | Sequence[int], images: Sequence[Image.Image] = ()) -> Encoded:
+    def encode_prompt(self, prompt: str | Sequence[int], images: Sequence[Image.Image | Path] = ()) -> Encoded:
         """`prompt_of_text` as tensors."""
         return self.to_tensors(self.prompt_of_text(prompt, images))
 

@@ -65,7 +65,9 @@ class PromptEncoder:
         num_tokens = 1 if self.pool_image else num_patches
         return [self.token_id(IMAGE_START), *[self.token_id(IMAGE)] * num_tokens, self.token_id(IMAGE_END)]
 
-    def prompt_of_parts(self, parts: Iterable[Part], images: Sequence[Image.Image] = ()) -> tuple[Prompt, list[int]]:
+    def prompt_of_parts(
+        self, parts: Iterable[Part], images: Sequence[Image.Image | Path] = ()
+    ) -> tuple[Prompt, list[int]]:
         """Encode parts in order, taking images as their slots come up.
 
         Returns the prompt and, for each part, the position where it ends.
@@ -91,11 +93,11 @@ class PromptEncoder:
             )
         return done.prompt(ids), ends
 
-    def prompt_of_chat(self, messages: Iterable[dict[str, Any]], images: Sequence[Image.Image] = ()) -> Prompt:
+    def prompt_of_chat(self, messages: Iterable[dict[str, Any]], images: Sequence[Image.Image | Path] = ()) -> Prompt:
         """A chat up to the assistant's turn."""
         return self.prompt_of_parts([part for _, part in message_parts(messages, True)], images)[0]
 
-    def prompt_of_text(self, text: str | Sequence[int], images: Sequence[Image.Image] = ()) -> Prompt:
+    def prompt_of_text(self, text: str | Sequence[int], images: Sequence[Image.Image | Path] = ()) -> Prompt:
         """A raw prompt, as `prompt_ids` reads it, with its images."""
         return self.prompt_of_ids(self.prompt_ids(text), images)
 
@@ -120,7 +122,7 @@ class PromptEncoder:
                 ids += self.encode_text(part)
         return ids
 
-    def prompt_of_ids(self, marked: Sequence[int], images: Sequence[Image.Image] = ()) -> Prompt:
+    def prompt_of_ids(self, marked: Sequence[int], images: Sequence[Image.Image | Path] = ()) -> Prompt:
         """Token ids with one `<|image|>` for each image."""
         placeholder = self.token_id(IMAGE)
         marks = sum(token == placeholder for token in marked)
@@ -134,7 +136,7 @@ class PromptEncoder:
             ids += [token] if token != placeholder else self._add_image(images[len(done.pixels)], done)
         return done.prompt(ids)
 
-    def _add_image(self, image: Image.Image, done: _Images) -> list[int]:
+    def _add_image(self, image: Image.Image | Path, done: _Images) -> list[int]:
         start = time.perf_counter()
         pixels_HWC = fit_to_patches(image, self.patch_size, self.image_size, self.native_resolution)
         done.seconds += time.perf_counter() - start

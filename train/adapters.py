@@ -44,7 +44,7 @@ class Adapters:
         else:
             settings = peft.LoraConfig(
                 r=config.lora.rank,
-                lora_alpha=config.lora.alpha,
+                lora_alpha=config.lora.alpha,  # type: ignore[arg-type]  # PEFT only divides it
                 target_modules=_pattern(model, config.lora.targets),
                 trainable_token_indices={"embed_tokens": [soft_token_id]} if config.soft_token else None,
             )

@@ -205,7 +205,8 @@ def spread(model: NMMForConditionalGeneration, procs: Processes, dtype: torch.dt
     )
     for block in blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)  # in place
+    return model
 
 
 def accumulating(forward: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:

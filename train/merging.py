@@ -93,7 +93,7 @@ def share_of(tensor: torch.Tensor, share: float) -> torch.Tensor:
 def describe(path: Path) -> dict[str, Any]:
     """Which checkpoint this is, for the record of what was made from it."""
     run = read_run(path)
-    known = {key: run[key] for key in ("name", "steps", "tokens") if key in run}
+    known: dict[str, Any] = {key: run[key] for key in ("name", "steps", "tokens") if key in run}
     return {"path": str(path), "sha256": checkpoint_hash(path), **known}
 
 

@@ -16,6 +16,7 @@ from concurrent.futures import wait as wait_for
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -446,7 +447,7 @@ def base_url(url: str) -> str:
     return url.rstrip("/") + ("/v1" if parts.path in ("", "/") else "")
 
 
-def with_images(messages: Sequence[dict[str, Any]], images: Sequence[Image.Image]) -> list[dict[str, Any]]:
+def with_images(messages: Sequence[dict[str, Any]], images: Sequence[Image.Image | Path]) -> list[dict[str, Any]]:
     """Put the images where the messages say, as data URLs. Raises PromptError when their numbers differ."""
     slots = 0
     filled = []
@@ -469,7 +470,7 @@ def with_images(messages: Sequence[dict[str, Any]], images: Sequence[Image.Image
     return filled
 
 
-def data_url(image: Image.Image) -> str:
+def data_url(image: Image.Image | Path) -> str:
     """PNG, which loses nothing; upright RGB, so that every server sees what our own engines see."""
     buffer = io.BytesIO()
     load_image(image).save(buffer, "PNG", compress_level=1)

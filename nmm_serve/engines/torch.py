@@ -80,7 +80,7 @@ class TorchEngine(InChunks):
         self.context_length = self.network.config.max_position_embeddings
         self.compile_encoder = compile_encoder and self.network.config.encoder is not None
         if self.compile_encoder:
-            vision = self.network.model.vision
+            vision: Any = self.network.model.vision
             if torch.device(self.device).type == "cuda":
                 vision.compile(mode="reduce-overhead", dynamic=False)
             else:

@@ -243,7 +243,9 @@ class VLLMEngine:
         tasks = (Generation(self, i, request) for i, request in enumerate(requests))
         with Ahead(tasks, self.prepare, LOOK_AHEAD * self.max_num_seqs, PREPARING_THREADS) as ahead:
             for task in self.feed(ahead.take, occupancy):
-                yield task.position, task.result()
+                output = task.result()
+                assert isinstance(output, Output)
+                yield task.position, output
 
     def feed(self, take: Callable[[bool], Task | None], occupancy: Occupancy) -> Iterator[Task]:
         """Hand prepared tasks to vLLM whenever one can run, and give each back when it has ended.
