@@ -21,6 +21,8 @@ from nmm_serve.train.start.build import build_started, round_up
 
 def model_config(config: TrainConfig, processor: NMMProcessor) -> NMMConfig:
     """The model that the preset, family and matching name."""
+    if config.start.decoder is not None or config.start.encoder is not None:
+        raise ConfigError("start gives this model a shape of its own, which no preset has: a sweep cannot size it")
     spec, shape = config.model, preset(config.model.preset)
     common = {
         "vocab_size": round_up(len(processor.tokenizer)),

@@ -16,7 +16,7 @@ from nmm_serve.checkpoint import (
     read_run,
     save_checkpoint,
 )
-from nmm_serve.errors import ConfigError
+from nmm_serve.errors import ConfigError, TrainingError
 from nmm_serve.models import NMMForConditionalGeneration
 from nmm_serve.sizing import count_params
 from nmm_serve.train.config import TrainConfig, config_from
@@ -122,7 +122,8 @@ def interpolate(
         A record. `barrier` is by how much the loss rises at most above the straight line between the losses of the
         two ends, in nats a token: 0 where it never does.
 
-    Raises ConfigError for models or tokenizers that differ, or without validation sources.
+    Raises ConfigError for models or tokenizers that differ, or without validation sources; TrainingError for a loss
+    that is not finite.
     """
     if points < 2:
         raise ConfigError(f"--points must be at least 2, the two ends, not {points}")
@@ -139,6 +140,8 @@ def interpolate(
     measured = []
     for number, (t, mixed) in enumerate(path_between(model, b, points), 1):
         losses = validation.losses(mixed)
+        if bad := {name: loss for name, loss in losses.items() if not math.isfinite(loss)}:
+            raise TrainingError(f"the loss at t = {t:g} is not finite: {bad}; one of the two models is damaged")
         measured.append({"t": t, "losses": losses})
         if progress is not None:
             progress(number, losses)
