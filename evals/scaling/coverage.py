@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from nmm_serve.evals.scaling.fit import Runs, fit_law
+from nmm_serve.evals.scaling.fit import fit_law
 from nmm_serve.evals.scaling.law import Cost, Law
+from nmm_serve.evals.scaling.space import Runs
 
 LAW = Law(E=1.904, A=260.0, alpha=0.3005, B=1900.0, beta=0.3349)
 """Near the paper's early fusion."""

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nmm_serve.evals.scaling.fit import Runs
 from nmm_serve.evals.scaling.law import Cost, Law
 from nmm_serve.evals.scaling.optimise import Array
+from nmm_serve.evals.scaling.space import Runs
 
 PAPER_FROM = 3e19
 """The paper's line starts here; runs under ten times this size start theirs where the second size takes the lead."""

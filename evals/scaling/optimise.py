@@ -210,3 +210,7 @@ def polish(
         if not len(active):
             break
     return theta_SP, value_S
+
+
+def coarse(design: Design, start_SP: Array, pull: Pull) -> tuple[Array, Array]:
+    return polish(design, start_SP, pull=pull, iterations=40, tolerance=1e-5)

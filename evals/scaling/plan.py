@@ -12,9 +12,10 @@ import numpy as np
 import yaml
 
 from nmm_serve.errors import ConfigError, DataError, unknown_name
-from nmm_serve.evals.scaling.fit import Array, resampled_interval
 from nmm_serve.evals.scaling.law import Cost, Law, log_optimal_size
+from nmm_serve.evals.scaling.optimise import Array
 from nmm_serve.evals.scaling.records import MEAN
+from nmm_serve.evals.scaling.resample import resampled_interval
 
 EXPERTS = 8
 _VOCABULARY = 50432

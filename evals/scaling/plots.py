@@ -8,11 +8,11 @@ import numpy as np
 
 from nmm_serve.errors import DataError
 from nmm_serve.evals.plots import Drawing, colour, drawing
-from nmm_serve.evals.scaling.fit import Runs
 from nmm_serve.evals.scaling.frontier import frontier, size_curves
 from nmm_serve.evals.scaling.law import Cost, Law, log_optimal_size
 from nmm_serve.evals.scaling.optimise import Array
 from nmm_serve.evals.scaling.plan import load_coefficients
+from nmm_serve.evals.scaling.space import Runs
 from nmm_serve.evals.scaling.study import headline
 
 _POINTS = 120

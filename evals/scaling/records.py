@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from nmm_serve.errors import DataError
-from nmm_serve.evals.scaling.fit import Runs
+from nmm_serve.evals.scaling.space import Runs
 
 MEAN = "loss"
 """The target of the mean over data types; the others are named after their type."""

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from nmm_serve.evals.scaling.fit import LawFit, errors, resample, resampled_interval
+from nmm_serve.evals.scaling.fit import LawFit
+from nmm_serve.evals.scaling.held_out import errors
 from nmm_serve.evals.scaling.optimise import Array, Design, lbfgs, polish
 from nmm_serve.evals.scaling.records import SweepRecord
+from nmm_serve.evals.scaling.resample import resample, resampled_interval
 
 PARAMETERS = 10
 _LEAST_LEVELS = 3

@@ -8,22 +8,13 @@ import numpy as np
 
 from nmm_serve import __version__
 from nmm_serve.errors import DataError
-from nmm_serve.evals.scaling.fit import (
-    FEWEST,
-    Array,
-    LawFit,
-    describe_law,
-    errors,
-    family_cost,
-    fit_law,
-    held_out_error,
-    identification,
-    largest_size_error,
-    resampled_interval,
-)  # fmt: skip
+from nmm_serve.evals.scaling.fit import FEWEST, LawFit, describe_law, family_cost, fit_law, identification
 from nmm_serve.evals.scaling.frontier import frontier, law_exponent
+from nmm_serve.evals.scaling.held_out import errors, held_out_error, largest_size_error
 from nmm_serve.evals.scaling.law import Cost, regressed_exponents
+from nmm_serve.evals.scaling.optimise import Array
 from nmm_serve.evals.scaling.records import MEAN, Records, SweepRecord, as_runs, targets
+from nmm_serve.evals.scaling.resample import resampled_interval
 from nmm_serve.evals.scaling.sparsity import fit_sparsity
 
 FORMAT = "nmm-serve/scaling-fits/1"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nmm_serve.evals.scaling.fit import Runs
 from nmm_serve.evals.scaling.law import Law
+from nmm_serve.evals.scaling.space import Runs
 
 EARLY = Law(E=1.904, A=260.0, alpha=0.3005, B=1900.0, beta=0.3349)
 """Near the paper's early fusion."""

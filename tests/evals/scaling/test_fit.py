@@ -5,21 +5,12 @@ import pytest
 from scipy.optimize import minimize
 from synthetic_runs import EARLY, SMALL, grid
 
-from nmm_serve.evals.scaling.fit import (
-    Runs,
-    Space,
-    best_theta,
-    critical_rise,
-    errors,
-    family_cost,
-    fit_law,
-    held_out_error,
-    identification,
-    largest_size_error,
-    resample,
-)  # fmt: skip
+from nmm_serve.evals.scaling.fit import best_theta, critical_rise, family_cost, fit_law, identification
+from nmm_serve.evals.scaling.held_out import errors, held_out_error, largest_size_error
 from nmm_serve.evals.scaling.law import Cost, Law, regressed_exponents
 from nmm_serve.evals.scaling.optimise import DELTA, objective
+from nmm_serve.evals.scaling.resample import resample
+from nmm_serve.evals.scaling.space import Runs, Space
 
 PAPER_SIZES = np.geomspace(2.75e8, 3.35e9, 6)
 PAPER_BUDGETS = np.geomspace(1e9, 6e11, 8)
