@@ -45,6 +45,8 @@ def write_report(
     items = [[item for i in group for item in single_items[i]] for group in groups]
     tell_apart(records)
     columns, rows = comparison(records)
+    first = [i for i, column in enumerate(columns) if not column.aside]  # the others have sections of their own
+    columns, rows = [columns[i] for i in first], [[row[i] for i in first] for row in rows]
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -213,6 +213,7 @@ def test_text_tasks_are_shown(make, page):
     text = page(path)
     assert "<h2>Text tasks</h2>" in text
     assert "[0.250, 0.750]" in text
+    assert "arithmetic acc" not in text, "the first table leaves them to their section"
 
 
 CLICKS = """
