@@ -3,10 +3,10 @@
 It is written beside its place and renamed into it, so that a reader sees a whole one or none.
 """
 
-import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -40,8 +40,9 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         publish(staging, path)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
-        if "os error 28" in str(error):  # safetensors has an error of its own for a full disk
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        # safetensors and tokenizers have errors of their own for a full disk, a quota, a disk that fails
+        if not isinstance(error, OSError) and (told := re.search(r"os error (\d+)", str(error))):
+            raise OSError(int(told[1]), os.strerror(int(told[1])), str(path)) from error
         raise
 
 
@@ -58,6 +59,13 @@ def publish(staging: Path, path: Path) -> None:
     staging.rename(path)
     _fsync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def clear_leftovers(path: Path) -> None:
+    """Delete what processes that were killed while they wrote a directory left beside it: of `path`, or of all whose
+    names begin so. Only for one that alone may write them."""
+    for leftover in path.parent.glob(f".{path.name}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:

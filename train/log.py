@@ -3,11 +3,14 @@
 import json
 import logging
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from nmm_serve.errors import TrainingError
 
 
 class RunLog:
@@ -29,6 +32,10 @@ class RunLog:
             for key, value in event.items():
                 if isinstance(value, float):
                     self._board.add_scalar(f"{event['event']}/{key}", value, event["step"])
+
+    def sync(self) -> None:
+        """Have what was written on the disk."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -52,8 +59,6 @@ def progress(folder: Path) -> Progress | None:
     if not config.is_file():
         return None
     values = yaml.safe_load(config.read_text())
-    if not values:  # it is being written this moment
-        return None
     last = next((e for e in reversed(_read(folder / "log.jsonl")) if e["event"] == "train"), None)
     return Progress(
         step=last["step"] if last else 0,
@@ -67,11 +72,17 @@ def _read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     events = []
-    for line in path.read_text().splitlines():
+    lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
             events.append(json.loads(line))
-        except json.JSONDecodeError:  # a run was killed in the middle of its last line
-            break
+        except ValueError:
+            if number == len(lines):  # a run was killed in the middle of it
+                break
+            raise TrainingError(
+                f"{path} is damaged: line {number} is not JSON. Restore the file, or delete the line: its event will "
+                "be missing in the run's record"
+            ) from None
     return events
 
 
@@ -81,4 +92,18 @@ def _tensorboard(folder: Path, resume_step: int):
     except ImportError:
         logging.getLogger(__name__).warning("tensorboard is not installed; logging to log.jsonl only")
         return None
+    _leave_write_errors_to_the_run()
     return SummaryWriter(folder, purge_step=resume_step + 1)
+
+
+def _leave_write_errors_to_the_run() -> None:
+    """TensorBoard writes in a thread. Its error, a full disk, is raised again in the run, which says it in one line;
+    the thread itself need not print a traceback before."""
+    before = threading.excepthook
+
+    def hook(told: threading.ExceptHookArgs) -> None:
+        if not (issubclass(told.exc_type, OSError) and type(told.thread).__name__ == "_AsyncWriterThread"):
+            before(told)
+
+    if getattr(before, "__qualname__", "") != hook.__qualname__:
+        threading.excepthook = hook

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from nmm_serve import __version__
-from nmm_serve.checkpoint import load_model, load_processor, save_checkpoint
+from nmm_serve.checkpoint import clear_leftovers, load_model, load_processor, save_checkpoint
 from nmm_serve.errors import TrainingError
 from nmm_serve.image_processor import takes_raw_pixels
 from nmm_serve.presets import preset
@@ -39,7 +39,7 @@ from nmm_serve.train.distributed import (
 from nmm_serve.train.log import RunLog
 from nmm_serve.train.optim import build_optimizer, lr_factor, set_lr
 from nmm_serve.train.parts import describe_parts, freeze
-from nmm_serve.train.resume import load_resume, resume_points, rng_state, save_resume, step_of
+from nmm_serve.train.resume import check_point, load_resume, resume_points, rng_state, save_resume, step_of
 from nmm_serve.train.run_folder import keep_config, locked
 from nmm_serve.train.sharded_resume import BackgroundSaves, is_sharded, load_sharded, open_sharded
 from nmm_serve.train.throughput import batch_work, gemm_rate
@@ -78,6 +78,8 @@ def train(config: TrainConfig, out: str | Path, report: Report = lambda event: N
 def _start(held: contextlib.ExitStack, out: Path, config: TrainConfig) -> None:
     held.enter_context(locked(out))
     keep_config(out, config)
+    clear_leftovers(out / "final")
+    clear_leftovers(out / "checkpoints/step-")
 
 
 class Trainer:
@@ -97,6 +99,8 @@ class Trainer:
         point = procs.from_main(lambda: next(reversed(resume_points(out / "checkpoints")), None))
         sharded = point is not None and is_sharded(point)
         self.mixture = parse_mixture({"sources": config.data.sources}, Path(config.data.root))
+        if point is not None and not sharded:
+            procs.from_main(lambda: check_point(point))
         adapted = has_adapters(config)
         if adapted and point is not None:  # checkpoints hold the merged model
             self.model, self.processor = load_model(out / BASE), load_processor(out / BASE)
@@ -315,6 +319,8 @@ class Trainer:
             "loader": [places[number] for number in sorted(places)],
             "torch_rng": rng_state(),
         }
+        if self.log is not None:
+            self.log.sync()  # what was told before the checkpoint must not be lost where the checkpoint is not
         if self.saves is not None:
             self.publish(wait=True)
             self.saves.begin(self.step, self.model, self.processor, self.optimizer, self.run_record(), state)

@@ -22,6 +22,8 @@ from nmm_serve.train.distributed import sharded_like
 
 STEP = re.compile(r"step-(\d{8})")
 TRAINED = "training/trained.safetensors"
+DIGESTS = "training/sha256-files.json"
+"""Every file's checksum: a resume goes on with what was written, or not at all."""
 
 
 def save_resume(
@@ -44,21 +46,20 @@ def save_resume(
         training = staging / "training"
         training.mkdir()
         save_file(_optimizer_tensors(model, optimizer), training / "optimizer.safetensors")
-        files = [WEIGHTS, "training/optimizer.safetensors"]
         if adapters is not None:
             save_file(trained_tensors(model), staging / TRAINED)
-            files.append(TRAINED)
-        digests = {name: sha256(staging / name) for name in files}
-        (training / "state.json").write_text(json.dumps({"step": step, "sha256": digests, **state}))
+        (training / "state.json").write_text(json.dumps({"step": step, **state}))
+        files = sorted(str(p.relative_to(staging)) for p in staging.rglob("*") if p.is_file())
+        (staging / DIGESTS).write_text(json.dumps({name: sha256(staging / name) for name in files}))
     apply_retention(folder, keep, keep_steps)
     return path
 
 
 def apply_retention(folder: Path, keep: int, keep_steps: Sequence[int]) -> None:
-    """Delete all resume checkpoints but the newest `keep` and those of `keep_steps`."""
+    """Delete all resume checkpoints but the newest `keep` and those of `keep_steps`; each goes whole, by a rename."""
     others = [point for point in resume_points(folder) if step_of(point) not in keep_steps]
     for old in others[:-keep]:
-        shutil.rmtree(old)
+        shutil.rmtree(old.rename(folder / f".{old.name}.gone"))
 
 
 def step_of(point: Path) -> int:
@@ -70,10 +71,12 @@ def branch_off(point: Path, folder: Path) -> None:
     """Start another run in `folder` at a resume checkpoint: its files are linked, not copied, where the disk can.
 
     The run goes on from there under a configuration of its own. Does nothing in a folder that has started.
+    Raises CheckpointError for a damaged checkpoint.
     """
     target = folder / "checkpoints" / point.name
     if resume_points(target.parent) or (folder / "final").is_dir():
         return
+    check_point(point)
     with atomic_directory(target) as staging:
         shutil.copytree(point, staging, copy_function=_link, dirs_exist_ok=True)
 
@@ -86,24 +89,41 @@ def _link(source: str, target: str) -> None:
 
 
 def resume_points(folder: Path) -> list[Path]:
-    """Complete resume checkpoints, oldest first. Unfinished ones have other names and are swept away."""
+    """Complete resume checkpoints, oldest first. Unfinished ones have other names."""
     if not folder.is_dir():
         return []
-    for leftover in folder.glob(".step-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
     return sorted(p for p in folder.iterdir() if STEP.fullmatch(p.name))
 
 
-def load_resume(path: Path, model, optimizer) -> dict[str, Any]:
-    """Put weights and optimiser back and return the rest of the state.
+def check_point(point: Path) -> None:
+    """Raise CheckpointError when a file of a resume checkpoint is missing or not what was written."""
+    lists = {point / DIGESTS, *point.glob("training/sha256-*.json")}  # several processes write several
+    digests: dict[str, str] = {}
+    for file in sorted(lists):
+        try:
+            digests |= json.loads(file.read_text())
+        except (OSError, ValueError, TypeError):
+            raise damaged(file, point) from None
+    for name, digest in digests.items():
+        try:
+            intact = sha256(point / name) == digest
+        except OSError:
+            intact = False
+        if not intact:
+            raise damaged(point / name, point)
 
-    Raises CheckpointError when a file was changed since it was written.
-    """
+
+def damaged(file: str | Path, point: Path) -> CheckpointError:
+    what = "is damaged: it is not what was written" if Path(file).exists() else "is missing"
+    earlier = [p.name for p in resume_points(point.parent) if p.name < point.name]
+    then = f"the one before it, {earlier[-1]}" if earlier else "the beginning: there is none before it"
+    return CheckpointError(f"{file} {what}. Delete {point} to go on from {then}.")
+
+
+def load_resume(path: Path, model, optimizer) -> dict[str, Any]:
+    """Put weights and optimiser back and return the rest of the state; `check_point` has been asked before."""
     state = json.loads((path / "training/state.json").read_text())
-    for name, digest in state["sha256"].items():
-        if sha256(path / name) != digest:
-            raise damaged(path / name, path)
-    if TRAINED in state["sha256"]:
+    if (path / TRAINED).is_file():
         model.load_state_dict(load_file(path / TRAINED), strict=False)  # the rest is as the run began
     else:
         weights = load_file(path / WEIGHTS)
@@ -129,13 +149,6 @@ def _optimizer_tensors(model, optimizer) -> dict[str, torch.Tensor]:
         for name, parameter in model.named_parameters()
         for kind, value in optimizer.state.get(parameter, {}).items()
     }
-
-
-def damaged(file: Path, point: Path) -> CheckpointError:
-    return CheckpointError(
-        f"{file} is damaged: its checksum is not the one written with it. "
-        f"Delete {point} to go on from the checkpoint before it"
-    )
 
 
 def sha256(path: Path) -> str:

@@ -1,15 +1,27 @@
 """The folder of a run: one process at a time, one configuration for good."""
 
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
 from nmm_serve.errors import ConfigError, TrainingError
 from nmm_serve.train.config import TrainConfig
+
+_held: set[IO[str]] = set()
+
+
+def _let_go() -> None:
+    """A lock is held as long as any process has its file open: a data worker that outlives a killed run must not."""
+    while _held:
+        _held.pop().close()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
@@ -21,7 +33,11 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise TrainingError(f"another run is training in {folder}; wait for it or choose another --out") from None
-        yield
+        _held.add(handle)
+        try:
+            yield
+        finally:
+            _held.discard(handle)
 
 
 def keep_config(folder: Path, config: TrainConfig) -> None:
@@ -34,7 +50,7 @@ def keep_config(folder: Path, config: TrainConfig) -> None:
     values = yaml.safe_load(yaml.safe_dump(_plain(config.to_dict())))
     if path.is_file():
         defaults = _flat(_plain(TrainConfig().to_dict()))
-        old, new = defaults | _flat(yaml.safe_load(path.read_text()) or {}), _flat(values)
+        old, new = defaults | _flat(read_yaml(path)), _flat(values)
         changed = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k) and not k.startswith("parallel.")]
         if changed:
             rows = ", ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in changed)
@@ -43,7 +59,28 @@ def keep_config(folder: Path, config: TrainConfig) -> None:
                 "use the same one to go on, or another --out to start anew"
             )
         return
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    write_whole(path, yaml.safe_dump(values, sort_keys=False))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Raises ConfigError for a file that is damaged."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        values = None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} is damaged: it is no YAML mapping; delete it to go on with what you give now")
+    return values
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole, and durably, or as it was."""
+    staging = path.with_name(f".{path.name}.tmp")
+    with staging.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(staging, path)
 
 
 def _plain(value: Any) -> Any:

@@ -1,9 +1,7 @@
-"""Sweeps: what a plan expands to, branches that equal runs of their own, kills, failures and retries."""
+"""Sweeps: what a plan expands to, branches that equal runs of their own, failures and retries."""
 
 import copy
 import json
-import multiprocessing
-import random
 import time
 from pathlib import Path
 
@@ -150,28 +148,6 @@ def test_a_failed_run_is_tried_again_and_then_named(tmp_path):
     Sweep(plan, tmp_path / "out").train(again)
     assert again.order == ["early-atto-6.4k"]
     assert len(records(tmp_path / "out")) == 2
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments_the_records_are_those_of_an_undisturbed_sweep(swept, tmp_path):
-    plan, out = write_plan(tmp_path / "p.yaml"), tmp_path / "out"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nmm_serve.train.sweep.run", "nmm_serve.train.loop"])
-    dice, kills = random.Random(1), 0
-    for _ in range(60):
-        life = context.Process(target=sweep_once, args=(plan, str(out)))
-        life.start()
-        if kills < 20:
-            life.join(dice.uniform(0.2, 2.0))
-            if life.is_alive():
-                life.kill()
-                kills += 1
-        life.join()
-        if life.exitcode == 0:
-            break
-    assert life.exitcode == 0
-    assert kills >= 5
-    assert records(out) == records(swept)
 
 
 def test_a_worker_that_dies_is_replaced_and_the_job_told(tmp_path):

@@ -22,14 +22,14 @@ MIN_DOCUMENTS = 100
 """A source's share of bad documents is judged from this many on."""
 MAX_IN_A_ROW = 32
 """So many bad documents of one source in a row stop the run at once: its folder has vanished."""
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 @dataclass
 class LoaderStats:
-    """Counts since the loader was made, but for `documents` and `bad` by source, which go on over a resume.
+    """Counts that go on over a resume, but for `wait_seconds`, the time spent waiting for encoded documents.
 
-    `documents` includes the bad ones. `wait_seconds`: time spent waiting for encoded documents.
+    `documents` and `bad` are by source; `documents` includes the bad ones.
     """
 
     documents: Counter[str] = field(default_factory=Counter)
@@ -170,6 +170,8 @@ class PackedLoader(Iterator[Batch]):
             "pending": [[*self._items[position], number] for position, number in pending],
             "documents": dict(self.stats.documents),
             "bad": dict(self.stats.bad),
+            "tokens": self.stats.tokens,
+            "padding": self.stats.padding,
         }
 
     def _identity(self) -> dict[str, Any]:
@@ -200,6 +202,7 @@ class PackedLoader(Iterator[Batch]):
             self._restored.setdefault(position, set()).add(number)
         self.stats.documents = Counter(state["documents"])
         self.stats.bad = Counter(state["bad"])
+        self.stats.tokens, self.stats.padding = state["tokens"], state["padding"]
 
     def _next_document(self) -> tuple[Item, list[Piece] | Bad]:
         assert self._stream is not None

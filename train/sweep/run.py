@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,14 +10,14 @@ from typing import Any
 import yaml
 
 from nmm_serve import __version__
-from nmm_serve.checkpoint import checkpoint_hash, read_run
-from nmm_serve.errors import ConfigError, TrainingError
+from nmm_serve.checkpoint import atomic_directory, checkpoint_hash, clear_leftovers, read_run
+from nmm_serve.errors import CheckpointError, ConfigError, TrainingError
 from nmm_serve.processor import NMMProcessor
 from nmm_serve.train.build import build_processor
 from nmm_serve.train.data.mixture import parse_mixture
 from nmm_serve.train.log import progress
 from nmm_serve.train.resume import branch_off
-from nmm_serve.train.run_folder import locked
+from nmm_serve.train.run_folder import locked, read_yaml, write_whole
 from nmm_serve.train.sweep.plan import Plan, Run, expand
 from nmm_serve.train.sweep.pools import Pool
 
@@ -37,30 +36,31 @@ class Sweep:
     """A plan in a folder: `runs/NAME` for each run, `records.jsonl` with a line for each budget that is done."""
 
     def __init__(self, plan: Plan, out: Path) -> None:
-        """Builds what all runs share, the tokenizer. Raises ConfigError for another plan in the folder."""
+        """Builds what all runs share, the tokenizer. Raises ConfigError for another plan in the folder, TrainingError
+        while another sweep works there."""
         self.plan, self.out = plan, out
-        out.mkdir(parents=True, exist_ok=True)
         tokenizer = None
         if "path" not in plan.base.get("tokenizer", {}):
             tokenizer = str(out / "tokenizer")
         self.runs = {run.name: run for run in expand(plan, tokenizer)}
         self.states = {name: State() for name in self.runs}
-        self._keep_plan()
-        self.processor = self._processor(tokenizer)
+        with locked(out):
+            self._keep_plan()
+            self.processor = self._processor(tokenizer)
 
     def _keep_plan(self) -> None:
         """A folder belongs to one training set-up; sizes, families, mixtures and seeds may be added to it later."""
         path = self.out / "plan.yaml"
         shared = {"base": self.plan.base, "cooldown": self.plan.cooldown, "tokens": self.plan.tokens}
         if path.is_file():
-            old = yaml.safe_load(path.read_text()) or {}
+            old = read_yaml(path)
             changed = [key for key, value in shared.items() if old.get(key) != value]
             if changed:
                 raise ConfigError(
                     f"{self.out} holds a sweep with another {' and '.join(changed)}; use the same plan to go on, "
                     "or another --out to start anew"
                 )
-        _write(path, yaml.safe_dump(self.plan.__dict__, sort_keys=False))
+        write_whole(path, yaml.safe_dump(self.plan.__dict__, sort_keys=False))
 
     def _processor(self, tokenizer: str | None) -> NMMProcessor:
         """One tokenizer for all runs: losses under different ones cannot be compared."""
@@ -69,9 +69,9 @@ class Sweep:
             config = next(iter(expand(self.plan))).config
             mixture = parse_mixture({"sources": config.data.sources}, Path(config.data.root))
             processor = build_processor(config, mixture)
-            staging = Path(tokenizer + ".tmp")
-            processor.tokenizer.save_pretrained(staging)
-            os.replace(staging, tokenizer)
+            clear_leftovers(Path(tokenizer))
+            with atomic_directory(tokenizer) as staging:
+                processor.tokenizer.save_pretrained(staging)
             config = next(iter(self.runs.values())).config
         return build_processor(config, parse_mixture({"sources": config.data.sources}, Path(config.data.root)))
 
@@ -115,7 +115,11 @@ class Sweep:
             if self.states[name].status != "waiting" or not self._ready(run):
                 continue
             if run.trunk is not None:
-                branch_off(self._branch_point(run), self.folder(name))
+                try:
+                    branch_off(self._branch_point(run), self.folder(name))
+                except CheckpointError as error:
+                    self._settle(name, f"{error} Or delete {self.folder(run.trunk)}, to train it again")
+                    continue
             pool.submit(name, run.config.to_dict(), self.folder(name))
             self.states[name].status = "running"
 
@@ -147,7 +151,7 @@ class Sweep:
             for run in self.runs.values()
             if run.trunk is not None and self.is_done(run.name)
         ]
-        _write(self.records_path, "".join(line + "\n" for line in lines))
+        write_whole(self.records_path, "".join(line + "\n" for line in lines))
 
     def record(self, run: Run) -> dict[str, Any]:
         """What `nmm-train fit` reads of a run. Nothing that depends on the clock: the same sweep, the same records."""
@@ -191,12 +195,3 @@ class Sweep:
             return run.own_steps
         state = progress(self.folder(name)) if self.states[name].status == "running" else None
         return max(0, state.step - run.at) if state is not None else 0
-
-
-def _write(path: Path, text: str) -> None:
-    staging = path.with_name(f".{path.name}.tmp")
-    with staging.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(staging, path)
