@@ -222,7 +222,7 @@ def test_a_child_that_outlives_a_run_does_not_hold_its_folder(tmp_path):
     """Data workers notice only seconds later that their run was killed."""
     ours, theirs = multiprocessing.Pipe()
     with locked(tmp_path):
-        child = multiprocessing.get_context("fork").Process(target=_child, args=(theirs,))
+        child = multiprocessing.get_context("fork").Process(target=_child, args=(theirs,), daemon=True)
         child.start()
         assert ours.recv() == "here"
     with locked(tmp_path):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_training import write_recipe
 
 from nmm_serve.checkpoint import load_model, load_processor, read_run
-from nmm_serve.errors import ConfigError, TrainingError
+from nmm_serve.errors import CheckpointError, ConfigError, TrainingError
 from nmm_serve.sizing import count_params
 from nmm_serve.train.config import load_config
 from nmm_serve.train.data.builtin import builtin_images
