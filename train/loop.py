@@ -78,8 +78,8 @@ def train(config: TrainConfig, out: str | Path, report: Report = lambda event: N
 def _start(held: contextlib.ExitStack, out: Path, config: TrainConfig) -> None:
     held.enter_context(locked(out))
     keep_config(out, config)
-    clear_leftovers(out / "final")
-    clear_leftovers(out / "checkpoints/step-")
+    for path in (out / "final", out / BASE, out / "checkpoints/step-"):
+        clear_leftovers(path)
 
 
 class Trainer:

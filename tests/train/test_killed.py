@@ -91,20 +91,23 @@ def records(out: Path) -> list[dict]:
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_sweep_killed_at_random_moments(tmp_path, kills):
-    """Trained in the process itself; six of twenty times by the real command, whose workers are processes too."""
+    """Trained in the process itself; three of twenty times by the real command, whose workers are processes too."""
     plan, whole, out = write_plan(tmp_path / "p.yaml", workers=2), tmp_path / "whole", tmp_path / "killed"
     said, dice, died = tmp_path / "said.txt", random.Random(kills), 0
     assert live(sweep_once, (plan, str(whole)), said) == 0, said.read_text()
     for number in range(kills):
-        # a run later and later in the sweep, or a file operation: first on the shared files, then on any
-        name = ("early-atto", "early-atto-3.2k", "early-atto-6.4k")[number * 3 // kills]
+        # while the trunk trains, then its branches; every other time at a file operation
+        name = (
+            "early-atto" if number < 0.6 * kills else "early-atto-3.2k" if number < 0.7 * kills else "early-atto-6.4k"
+        )
+        moment = Moment(after=later(out / "runs" / name / "log.jsonl", 1, dice.uniform(0, 0.05)))
         if number % 4 == 1:
-            moment = Moment("records.jsonl" if number > 4 else str(out), dice.randint(1, 8 if number > 4 else 30))
+            moment = Moment(str(out), dice.randint(1, 30))
         elif number % 4 == 3:
-            moment = Moment(str(out), dice.randint(20, 200))
-        else:
-            moment = Moment(after=later(out / "runs" / name / "log.jsonl", 1, dice.uniform(0, 0.2)))
-        real = number % 3 == 2
+            moment = Moment(
+                "step-" if number % 8 == 3 else "records.jsonl", dice.randint(1, 80 if number % 8 == 3 else 2)
+            )
+        real = number % 6 == 2
         target = (command, (["sweep", plan, "--out", str(out)],)) if real else (sweep_once, (plan, str(out)))
         code = live(*target, said, moment)
         assert code in (0, -9), said.read_text()
