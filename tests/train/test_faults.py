@@ -6,12 +6,13 @@ import multiprocessing
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
-from kills import Moment, command, limited, live
+from kills import Moment, command, limited, live, living
 from safetensors.torch import load_file
 from tiny_sweep import write_plan
 from tiny_training import write_recipe
@@ -260,3 +261,7 @@ def test_data_that_vanish_in_the_middle(recipe, tmp_path, workers):
         return len((out / "log.jsonl").read_text().splitlines()) > log + 2
 
     assert live(command, (args,), said, Moment(after=goes_on)) == -9
+    deadline = time.monotonic() + 30
+    while living(said) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not living(said), "data workers end with a run that was killed"
