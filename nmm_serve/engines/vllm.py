@@ -170,7 +170,7 @@ class VLLMEngine:
         from nmm_serve.vllm_plugin.prompts import Prompts
 
         self.engine = self.llm.llm_engine
-        self.prompts = Prompts(self.llm.renderer.get_mm_processor(), image_cache, image_cache or prefix_caching)
+        self.prompts = Prompts(self.llm.renderer.mm_processor, image_cache, image_cache or prefix_caching)
         VLLMEngine.open_model = self.model
 
     def cpu_cache_bytes(self, config) -> int:

@@ -12,6 +12,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from vllm.inputs import tokens_input
 from vllm.inputs.engine import mm_input
 from vllm.multimodal.inputs import MultiModalKwargsItem, MultiModalKwargsItems, PlaceholderRange
 
+from nmm_serve.errors import PromptError
 from nmm_serve.images import fit_to_patches
+from nmm_serve.processor import NMMProcessor
 from nmm_serve.vllm_plugin.processing import NMMMultiModalProcessor
 
 CACHE_BYTES = 1 << 30
@@ -43,23 +46,34 @@ class Prompts:
     """Prompts for one engine.
 
     Args:
-        processor: vLLM's, which knows whether the model takes pixels or patches.
+        processor: vLLM's, which knows whether the model takes pixels or patches. None: the engine is text-only.
         keep_images: keep the patches of recent images, up to a gigabyte.
         know_images: let vLLM see that two images are the same; else each is new to it.
     """
 
-    def __init__(self, processor: NMMMultiModalProcessor, keep_images: bool, know_images: bool):
+    def __init__(self, processor: NMMMultiModalProcessor | None, keep_images: bool, know_images: bool):
         self.vllm_processor = processor
-        self.processor = processor.info.get_hf_processor()
         self.keep_images, self.know_images = keep_images, know_images
         self._kept: OrderedDict[Any, Patches] = OrderedDict()
         self._kept_bytes = 0
         self._lock = threading.Lock()
 
+    @cached_property
+    def processor(self) -> NMMProcessor:
+        """Ours. Raises PromptError in a text-only engine: only images need it."""
+        if self.vllm_processor is None:
+            raise PromptError("this engine is text-only (limit_mm_per_prompt allows no image); raise that limit")
+        return self.vllm_processor.info.get_hf_processor()
+
     def make(self, marked: Sequence[int], images: Sequence[Patches]) -> Any:
-        """Token ids with one mark an image, and as many images, to vLLM's engine input."""
+        """Token ids with one mark an image, and as many images, to vLLM's engine input.
+
+        Raises vLLM's VLLMValidationError, a ValueError, for more images than the engine takes in a prompt.
+        """
         if not images:
             return tokens_input(list(marked))
+        assert self.vllm_processor is not None, "its patches were made with it"
+        self.vllm_processor.info.validate_num_items("image", len(images))
         mark, rest = self.processor.image_token_id, iter(images)
         ids: list[int] = []
         places = []
@@ -78,7 +92,7 @@ class Prompts:
         )
 
     def patches(self, image: Any) -> Patches:
-        """An image, or its file, scaled and cut. Raises ImageError."""
+        """An image, or its file, scaled and cut. Raises ImageError, and PromptError in a text-only engine."""
         named = _file_key(image) if self.keep_images and isinstance(image, Path) else None
         if named is not None and (found := self._find(named)):
             return found
@@ -96,6 +110,7 @@ class Prompts:
 
     def _cut(self, pixels_HWC: np.ndarray, digest: str) -> Patches:
         patches_PK, grid = self.processor.image_processor.cut(pixels_HWC)
+        assert self.vllm_processor is not None, "`processor` has refused"
         features = BatchFeature({"pixel_values": patches_PK, "image_grid": torch.tensor([grid])})
         fields = self.vllm_processor._get_mm_fields_config(features, {})
         (item,) = MultiModalKwargsItems.from_hf_inputs(features, fields)["image"]
