@@ -29,6 +29,8 @@ from nmm_serve.errors import ConfigError, EngineError, ImageError, PromptError, 
 from nmm_serve.images import load_image
 
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0
+CONCURRENCY = 64
+"""Requests in flight to a server that does not tell how many it runs at once."""
 METRICS_TIMEOUT_S = 2.0
 RETRIED_STATUS = {408, 409, 425, 429}
 """Beside every 5xx: too slow, conflict, too early, too many."""
@@ -45,7 +47,8 @@ class OpenAIEngine:
         model: the server's URL. Without a path, `/v1` is meant.
         api_key: default: the environment variable OPENAI_API_KEY.
         served_model: which of the server's models. May be left out where it serves only one.
-        concurrency: requests in flight at most.
+        concurrency: requests in flight at most. Default: half as many again as the server runs at once, so that some
+            always wait there to fill its batch; 64 where its metrics do not tell.
         timeout: seconds without a sign of life after which a request is tried again.
         max_retries: how often a request is tried again after 408, 409, 425, 429, 5xx, a timeout or a broken connection.
 
@@ -60,7 +63,7 @@ class OpenAIEngine:
         *,
         api_key: str | None = None,
         served_model: str | None = None,
-        concurrency: int = 64,
+        concurrency: int | None = None,
         timeout: float = 600.0,
         max_retries: int = 5,
     ):
@@ -70,10 +73,10 @@ class OpenAIEngine:
             raise EngineError(
                 "the openai package is not installed; install it with: pip install 'nmm-serve[evals]'"
             ) from None
-        if concurrency < 1:
+        if concurrency is not None and concurrency < 1:
             raise ConfigError(f"concurrency must be at least 1, not {concurrency}")
         self.model = model
-        self.concurrency, self.timeout, self.max_retries = concurrency, timeout, max_retries
+        self.timeout, self.max_retries = timeout, max_retries
         self.openai = openai
         self.client = openai.OpenAI(
             base_url=base_url(model),
@@ -89,6 +92,10 @@ class OpenAIEngine:
         self.is_extended = self.owner in ("vllm", "nmm-serve")
         """Whether the server takes vLLM's additions: `ignore_eos`, `return_token_ids`, `prompt_logprobs`."""
         self.context_length: int | None = card.get("max_model_len")
+        self.load = ServerLoad(self._metrics, self.owner) if self.owner in GAUGES else None
+        self.at_once = self.load.limit() if self.load else None
+        """Requests that the server runs at once; None where it does not tell."""
+        self.concurrency = concurrency or (self.at_once * 3 // 2 if self.at_once else CONCURRENCY)
 
     def __enter__(self) -> "OpenAIEngine":
         return self
@@ -115,13 +122,11 @@ class OpenAIEngine:
     def stream(self, requests: Iterable[Request], occupancy: Occupancy) -> Iterator[tuple[int, Output]]:
         """`concurrency` requests are in flight until the last one is sent. A full batch is the server's where its
         metrics tell how many requests it runs at once, and else the client's own `concurrency`."""
-        load = ServerLoad(self._metrics, self.owner) if self.owner in GAUGES else None
-        limit = load.limit() if load else None
         watched: AbstractContextManager[None] = nullcontext()
-        if load and limit:
+        if self.load and self.at_once:
             seen_by = f"the server's metrics, read every {EVERY_S:g} s: requests that run or wait"
-            occupancy.start(limit, seen_by, told=True)
-            watched = load.watched(limit, occupancy)
+            occupancy.start(self.at_once, seen_by, told=True)
+            watched = self.load.watched(self.at_once, occupancy)
         else:
             seen_by = "the client: its requests in flight, since the server does not tell how many it runs at once"
             occupancy.start(self.concurrency, seen_by)
