@@ -15,6 +15,7 @@ from tiny_training import write_recipe
 
 from nmm_serve.train.resume import check_point, resume_points
 
+KILLS = 20
 STEPS, EVAL_EVERY = 24, 6
 OPTIONS = [f"steps={STEPS}", "save_every=2", f"eval_every={EVAL_EVERY}"]
 
@@ -48,26 +49,26 @@ def record(out: Path) -> dict:
     return told
 
 
-def moments(kills: int, folder: Path, dice: random.Random) -> list[Moment | str]:
+def moments(folder: Path, dice: random.Random) -> list[Moment | str]:
     """Spread over a run's life. Saves and publication are short, so most moments are aimed at their file operations."""
-    start = [Moment(str(folder), dice.randint(1, 11)) for _ in range(max(1, kills // 5))]
-    rest: list[Moment | str] = [Moment("step-", dice.randint(1, 90)) for _ in range(max(1, kills // 3))]
-    rest += ["clock"] * (kills - len(start) - len(rest) - max(1, kills // 6))
+    start = [Moment(str(folder), dice.randint(1, 11)) for _ in range(KILLS // 5)]
+    rest: list[Moment | str] = [Moment("step-", dice.randint(1, 90)) for _ in range(KILLS // 3)]
+    rest += ["clock"] * (KILLS - len(start) - len(rest) - KILLS // 6)
     dice.shuffle(rest)
-    return [*start, *rest, *(Moment(".final", dice.randint(1, 21)) for _ in range(max(1, kills // 6)))]
+    return [*start, *rest, *(Moment(".final", dice.randint(1, 21)) for _ in range(KILLS // 6))]
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_run_killed_at_random_moments(tmp_path, kills):
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments(tmp_path):
     recipe = write_recipe(tmp_path / "tiny.yaml")
     options = [word for option in OPTIONS for word in ("--set", option)]
     folders = {name: tmp_path / name / "run" for name in ("whole", "killed")}
     args = {name: (["run", recipe, "--out", str(folder), *options],) for name, folder in folders.items()}
     assert live(command, args["whole"], tmp_path / "whole.txt") == 0
     whole, killed = folders["whole"], folders["killed"]
-    log, said, dice = killed / "log.jsonl", tmp_path / "said.txt", random.Random(kills)
+    log, said, dice = killed / "log.jsonl", tmp_path / "said.txt", random.Random(KILLS)
     died = 0
-    for moment in moments(kills, killed, dice):
+    for moment in moments(killed, dice):
         if moment == "clock":
             moment = Moment(after=later(log, dice.randint(1, 4), dice.uniform(0, 0.1)))
         code = live(command, args["killed"], said, moment)
@@ -75,7 +76,7 @@ def test_a_run_killed_at_random_moments(tmp_path, kills):
         died += code == -9
         for point in resume_points(killed / "checkpoints"):
             check_point(point)
-    assert died >= 0.8 * kills, f"{died} of {kills} moments came while the run was alive"
+    assert died >= 0.8 * KILLS, f"{died} of {KILLS} moments came while the run was alive"
     assert live(command, args["killed"], said) == 0, said.read_text()
     assert losses(killed) == losses(whole)
     assert record(killed) == record(whole)
@@ -89,16 +90,16 @@ def records(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_sweep_killed_at_random_moments(tmp_path, kills):
+@pytest.mark.slow
+def test_a_sweep_killed_at_random_moments(tmp_path):
     """Trained in the process itself; three of twenty times by the real command, whose workers are processes too."""
     plan, whole, out = write_plan(tmp_path / "p.yaml", workers=2), tmp_path / "whole", tmp_path / "killed"
-    said, dice, died = tmp_path / "said.txt", random.Random(kills), 0
+    said, dice, died = tmp_path / "said.txt", random.Random(KILLS), 0
     assert live(sweep_once, (plan, str(whole)), said) == 0, said.read_text()
-    for number in range(kills):
+    for number in range(KILLS):
         # while the trunk trains, then its branches; every other time at a file operation
         name = (
-            "early-atto" if number < 0.6 * kills else "early-atto-3.2k" if number < 0.7 * kills else "early-atto-6.4k"
+            "early-atto" if number < 0.6 * KILLS else "early-atto-3.2k" if number < 0.7 * KILLS else "early-atto-6.4k"
         )
         moment = Moment(after=later(out / "runs" / name / "log.jsonl", 1, dice.uniform(0, 0.05)))
         if number % 4 == 1:
@@ -112,6 +113,6 @@ def test_a_sweep_killed_at_random_moments(tmp_path, kills):
         code = live(*target, said, moment)
         assert code in (0, -9), said.read_text()
         died += code == -9
-    assert died >= kills / 2
+    assert died >= KILLS / 2
     assert live(sweep_once, (plan, str(out)), said) == 0, said.read_text()
     assert records(out) == records(whole)

@@ -295,4 +295,4 @@ def test_a_soak_leaves_nothing_behind(served):
 
 @pytest.mark.slow
 def test_a_long_soak_leaves_nothing_behind(served):
-    check_soak(served, 3000)
+    check_soak(served, 1000)
