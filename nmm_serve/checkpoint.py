@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nmm_serve.errors import CheckpointError
+from nmm_serve.errors import CheckpointError, NMMError
 from nmm_serve.onnx.manifest import is_exported
 
 if TYPE_CHECKING:
@@ -168,25 +168,39 @@ def load_processor(path: str | Path) -> "NMMProcessor":
     return processor
 
 
+def load_whole(
+    model_class: Any, path: str | Path, config: Any, dtype: "torch.dtype | str", *, what: str, error: type[NMMError]
+) -> Any:
+    """A transformers model from a local directory. Every weight must be there, and no other.
+
+    `model_class` may be an Auto class. Raises `error`, which calls the weights `what`; pickles are refused.
+    """
+    try:
+        with no_progress_bars():
+            model, info = model_class.from_pretrained(
+                path, config=config, dtype=dtype, local_files_only=True, use_safetensors=True,
+                output_loading_info=True,
+            )  # fmt: skip
+    except Exception as cause:
+        lines = str(cause).strip().splitlines() or [type(cause).__name__]
+        raise error(f"{what} cannot be loaded: {lines[0]}") from cause
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(kind):
+            names = ", ".join(sorted(map(str, info[kind]))[:3])
+            raise error(f"{what} do not fit config.json: {kind.replace('_', ' ')}: {names}")
+    return model
+
+
 def load_model(
     path: str | Path, dtype: "torch.dtype | None" = None, device: str = "cpu"
 ) -> "NMMForConditionalGeneration":
     """The model in evaluation mode. Every weight must be there, and no other."""
     from nmm_serve.models import NMMForConditionalGeneration
 
-    config = load_config(path)
-    try:
-        with no_progress_bars():
-            model, info = NMMForConditionalGeneration.from_pretrained(
-                path, config=config, dtype=dtype or "auto", local_files_only=True, use_safetensors=True,
-                output_loading_info=True,
-            )  # fmt: skip
-    except Exception as error:
-        raise CheckpointError(f"{path}/{WEIGHTS} cannot be loaded: {error}") from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info.get(kind):
-            names = ", ".join(sorted(map(str, info[kind]))[:3])
-            raise CheckpointError(f"{path}/{WEIGHTS} does not fit config.json: {kind.replace('_', ' ')}: {names}")
+    model = load_whole(
+        NMMForConditionalGeneration, path, load_config(path), dtype or "auto",
+        what=f"the weights {path}/{WEIGHTS}", error=CheckpointError,
+    )  # fmt: skip
     return model.to(device).eval()
 
 

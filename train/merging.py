@@ -34,7 +34,8 @@ def check_alike(paths: Sequence[Path]) -> None:
         other = load_config(path).to_dict()
         differ = [k for k in sorted({*first, *other} - NOT_ARCHITECTURE) if first.get(k) != other.get(k)]
         if differ:
-            shown = "; ".join(f"{k}: {first.get(k)!r} and {other.get(k)!r}" for k in differ[:4])
+            sections = {k for k in differ if isinstance(first.get(k) or other.get(k), dict)}  # too long to show
+            shown = "; ".join(k if k in sections else f"{k}: {first.get(k)!r} and {other.get(k)!r}" for k in differ[:4])
             raise ConfigError(
                 f"{paths[0]} and {path} are different models ({shown}); only checkpoints of one configuration can be "
                 "mixed weight by weight"

@@ -4,8 +4,6 @@ Two things go beyond the OpenAI API and are used only where the server says that
 and the log-probabilities of a prompt's tokens.
 """
 
-import base64
-import io
 import os
 import random
 import threading
@@ -16,17 +14,14 @@ from concurrent.futures import wait as wait_for
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from PIL import Image
-
 from nmm_serve.engines.base import Output, Progress, Request, SamplingParams, Score, ScoreRequest, Timing
 from nmm_serve.engines.occupancy import Occupancy
+from nmm_serve.engines.openai_messages import as_json, with_images
 from nmm_serve.engines.server_load import EVERY_S, GAUGES, ServerLoad
 from nmm_serve.errors import ConfigError, EngineError, ImageError, PromptError, unknown_name
-from nmm_serve.images import load_image
 
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0
 CONCURRENCY = 64
@@ -455,40 +450,6 @@ def base_url(url: str) -> str:
     if parts.username or parts.password:
         raise ConfigError("a URL with a password in it would end up in records; use the API key instead")
     return url.rstrip("/") + ("/v1" if parts.path in ("", "/") else "")
-
-
-def with_images(messages: Sequence[dict[str, Any]], images: Sequence[Image.Image | Path]) -> list[dict[str, Any]]:
-    """Put the images where the messages say, as data URLs. Raises PromptError when their numbers differ."""
-    slots = 0
-    filled = []
-    for message in messages:
-        content = message.get("content")
-        if isinstance(content, list):
-            parts = []
-            for part in content:
-                if part.get("type") == "image":
-                    if slots < len(images):
-                        part = {"type": "image_url", "image_url": {"url": data_url(images[slots])}}
-                    slots += 1
-                parts.append(part)
-            content = parts
-        filled.append({**message, "content": content})
-    if slots != len(images):
-        raise PromptError(
-            f"the prompt has {slots} image places but {len(images)} images were given; give one image for each"
-        )
-    return filled
-
-
-def data_url(image: Image.Image | Path) -> str:
-    """PNG, which loses nothing; upright RGB, so that every server sees what our own engines see."""
-    buffer = io.BytesIO()
-    load_image(image).save(buffer, "PNG", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def as_json(prompt: str | Sequence[int]) -> str | list[int]:
-    return prompt if isinstance(prompt, str) else list(prompt)
 
 
 def server_message(error: Any) -> str:

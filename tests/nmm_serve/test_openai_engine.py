@@ -17,7 +17,8 @@ from nmm_serve.engines import open_engine, server_load
 from nmm_serve.engines import openai as module
 from nmm_serve.engines.base import Engine, Request, SamplingParams, ScoreRequest
 from nmm_serve.engines.occupancy import Occupancy
-from nmm_serve.engines.openai import OpenAIEngine, base_url, with_images
+from nmm_serve.engines.openai import OpenAIEngine, base_url
+from nmm_serve.engines.openai_messages import with_images
 from nmm_serve.errors import ConfigError, EngineError, PromptError
 
 

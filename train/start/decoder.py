@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.configuration_utils import PreTrainedConfig
 
-from nmm_serve.checkpoint import no_progress_bars
+from nmm_serve.checkpoint import load_whole
 from nmm_serve.errors import ConfigError
 
 QK_NORM = {"llama": False, "mistral": False, "qwen3": True}
@@ -87,18 +87,8 @@ def read_decoder_weights(path: str | Path, config: PreTrainedConfig) -> dict[str
 
     Raises ConfigError when a weight is missing, superfluous or of another shape, and for pickles.
     """
-    try:
-        with no_progress_bars():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                path, config=config, dtype=torch.float32, local_files_only=True, use_safetensors=True,
-                output_loading_info=True,
-            )  # fmt: skip
-    except Exception as error:
-        raise ConfigError(f"start.decoder: the weights in {path} cannot be read: {_reason(error)}") from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info.get(kind):
-            names = ", ".join(sorted(map(str, info[kind]))[:3])
-            raise ConfigError(f"start.decoder: the weights in {path} do not fit: {kind.replace('_', ' ')}: {names}")
+    what = f"start.decoder: the weights in {path}"
+    model = load_whole(AutoModelForCausalLM, path, config, torch.float32, what=what, error=ConfigError)
     theirs = model.state_dict()
     ours = {name: theirs[name] for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")}
     for i in range(config.num_hidden_layers):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel
 
-from nmm_serve.checkpoint import no_progress_bars
+from nmm_serve.checkpoint import load_whole
 from nmm_serve.config import PRETRAINED_ENCODERS
 from nmm_serve.errors import ConfigError
 
@@ -53,18 +53,8 @@ def read_encoder(path: str | Path, patch_size: int, image_size: int) -> tuple[di
         "image_mean": mean,
         "image_std": std,
     }
-    try:
-        with no_progress_bars():
-            model, info = AutoModel.from_pretrained(
-                path, config=whole, dtype=torch.float32, local_files_only=True, use_safetensors=True,
-                output_loading_info=True,
-            )  # fmt: skip
-    except Exception as error:
-        raise ConfigError(f"start.encoder: the weights in {path} cannot be read: {_reason(error)}") from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info.get(kind):
-            names = ", ".join(sorted(map(str, info[kind]))[:3])
-            raise ConfigError(f"start.encoder: the weights in {path} do not fit: {kind.replace('_', ' ')}: {names}")
+    what = f"start.encoder: the weights in {path}"
+    model = load_whole(AutoModel, path, whole, torch.float32, what=what, error=ConfigError)
     tower = getattr(model, "vision_model", model)
     return fields, {f"model.vision.tower.{name}": tensor for name, tensor in tower.state_dict().items()}
 

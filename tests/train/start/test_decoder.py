@@ -94,7 +94,7 @@ def test_missing_directories_and_weights_are_named(tmp_path):
         started("nowhere")
     path = write_language_model(tmp_path / "lm")
     (path / "model.safetensors").rename(path / "pytorch_model.bin")
-    with pytest.raises(ConfigError, match="the weights in .* cannot be read"):
+    with pytest.raises(ConfigError, match="the weights in .* cannot be loaded"):
         started(path)
     (path / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match="tokenizer"):
@@ -105,7 +105,7 @@ def test_weights_of_another_shape_are_refused(tmp_path):
     path = write_language_model(tmp_path / "lm")
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    with pytest.raises(ConfigError, match="do not fit: missing keys: model.layers.2"):
+    with pytest.raises(ConfigError, match="do not fit config.json: missing keys: model.layers.2"):
         started(path)
 
 
