@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from nmm_serve.chat import IMAGE_START
+from nmm_serve.checkpoint import load_model
 from nmm_serve.errors import ConfigError
 from nmm_serve.models import NMMForConditionalGeneration
 from nmm_serve.train.config import TrainConfig
+from nmm_serve.train.distributed import Processes
 
 SOFT_TOKEN = IMAGE_START
 """The token whose embedding is the soft token: it stands before every image, in every engine."""
@@ -28,7 +31,8 @@ class Adapters:
 
     Args:
         model: gets the adapters put in place; its parameters keep their names but for the wrapped ones.
-        base: checkpoint of the model as it is without them, which PEFT's files name.
+        base: checkpoint of the model as it is without them, which PEFT's files name. It must be there when the
+            model is spread over several processes and a whole one is asked for.
 
     Raises ConfigError for a target that the decoder does not have, or when PEFT is not installed.
     """
@@ -48,8 +52,27 @@ class Adapters:
                 target_modules=_pattern(model, config.lora.targets),
                 trainable_token_indices={"embed_tokens": [soft_token_id]} if config.soft_token else None,
             )
+        self._config, self._soft_token_id, self._base, self._model = config, soft_token_id, base, model
         self._wrapped = peft.get_peft_model(model, settings)
         self._wrapped.peft_config["default"].base_model_name_or_path = str(base)
+
+    def whole(self, procs: Processes) -> "Adapters":
+        """These adapters on a model with all its weights, in the main process; every process must call.
+
+        Several processes hold shards of the model: only what was trained is put together, and the rest read again.
+        """
+        if procs.strategy == "none":
+            return self
+        trained = {
+            name: (value.full_tensor() if isinstance(value, DTensor) else value).cpu()
+            for name, value in trained_tensors(self._model).items()
+        }
+        if not procs.main:
+            return self
+        model = load_model(self._base).float()
+        adapters = Adapters(model, self._config, self._soft_token_id, self._base)
+        model.load_state_dict(trained, strict=False)
+        return adapters
 
     def merged(self) -> NMMForConditionalGeneration:
         """A copy of the model with the adapters merged into its weights."""

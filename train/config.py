@@ -185,8 +185,6 @@ class TrainConfig:
             return
         if self.optimizer.decoder_lr_scale != 0:
             raise ConfigError(f"{given[0]} is for a decoder that itself stays; set optimizer.decoder_lr_scale to 0")
-        if self.parallel.strategy != "none":
-            raise ConfigError(f"{given[0]} trains in one process; set parallel.strategy to none")
         if self.lora is not None and (self.lora.rank < 1 or self.lora.alpha <= 0 or not self.lora.targets):
             raise ConfigError(
                 f"lora needs a rank of at least 1, an alpha over 0 and at least one target, not {self.lora}"

@@ -13,14 +13,11 @@ from typing import Any
 import torch
 
 from nmm_serve import __version__
-from nmm_serve.checkpoint import clear_leftovers, load_model, load_processor, save_checkpoint
+from nmm_serve.checkpoint import clear_leftovers, save_checkpoint
 from nmm_serve.errors import TrainingError
-from nmm_serve.image_processor import takes_raw_pixels
 from nmm_serve.presets import preset
 from nmm_serve.routing import IMAGE, TEXT, count_routed, modality_groups
 from nmm_serve.sizing import count_params, paper_flops
-from nmm_serve.train.adapters import SOFT_TOKEN, Adapters, has_adapters
-from nmm_serve.train.build import build
 from nmm_serve.train.config import TrainConfig
 from nmm_serve.train.data.loader import LoaderStats, PackedLoader
 from nmm_serve.train.data.mixture import parse_mixture
@@ -29,7 +26,6 @@ from nmm_serve.train.distributed import (
     Processes,
     accumulating,
     clip_grad_norm,
-    fingerprint,
     forget_image_gradients,
     processes,
     recompute_activations,
@@ -37,16 +33,14 @@ from nmm_serve.train.distributed import (
     whole_model,
 )
 from nmm_serve.train.log import RunLog
+from nmm_serve.train.opening import BASE, open_run
 from nmm_serve.train.optim import build_optimizer, lr_factor, set_lr
 from nmm_serve.train.parts import describe_parts, freeze
-from nmm_serve.train.resume import check_point, load_resume, resume_points, rng_state, save_resume, step_of
+from nmm_serve.train.resume import rng_state, save_resume, step_of
 from nmm_serve.train.run_folder import keep_config, locked
-from nmm_serve.train.sharded_resume import BackgroundSaves, is_sharded, load_sharded, open_sharded
+from nmm_serve.train.sharded_resume import BackgroundSaves
 from nmm_serve.train.throughput import batch_work, gemm_rate
 from nmm_serve.train.validate import Validation
-
-BASE = "base"
-"""Beside a run's checkpoints: the model that its adapters were put on."""
 
 Report = Callable[[dict[str, Any]], None]
 """Called with each event: `start`, `train`, `validation`, `bad_step`, `saved`, `done`."""
@@ -96,25 +90,9 @@ class Trainer:
         division = Division(config.accumulate, config.rows, procs.count)
         division.check("processes")
         self.passes = division.passes
-        point = procs.from_main(lambda: next(reversed(resume_points(out / "checkpoints")), None))
-        sharded = point is not None and is_sharded(point)
         self.mixture = parse_mixture({"sources": config.data.sources}, Path(config.data.root))
-        if point is not None and not sharded:
-            procs.from_main(lambda: check_point(point))
-        adapted = has_adapters(config)
-        if adapted and point is not None:  # checkpoints hold the merged model
-            self.model, self.processor = load_model(out / BASE), load_processor(out / BASE)
-        elif point is None:
-            self.model, self.processor = build(config, self.mixture)
-            procs.check_same("tokenizer and fresh weights", lambda: fingerprint(self.model, self.processor))
-        else:
-            self.model, self.processor = open_sharded(point) if sharded else (load_model(point), load_processor(point))
-        self.processor.image_processor.raw_pixels = takes_raw_pixels(self.device)
-        if adapted and point is None:
-            save_checkpoint(out / BASE, self.model, self.processor, {"name": f"{config.name}, before training"})
-        self.adapters = (
-            Adapters(self.model, config, self.processor.token_id(SOFT_TOKEN), out / BASE) if adapted else None
-        )
+        self.opening = open_run(config, self.mixture, out, procs)
+        self.model, self.processor, self.adapters = self.opening.model, self.opening.processor, self.opening.adapters
         self.model.train()
         freeze(self.model, config.optimizer)
         self.parts = describe_parts(self.model, config.optimizer)
@@ -122,11 +100,7 @@ class Trainer:
             recompute_activations(self.model)
         self.forward: Any = spread(self.model, procs, self.dtype, division)
         self.optimizer = build_optimizer(self.model, config.optimizer, self.peak_lr)
-        state: dict[str, Any] = {}
-        if point is not None and sharded:
-            state = load_sharded(point, self.model, self.optimizer, procs)
-        elif point is not None:
-            state = load_resume(point, self.model, self.optimizer)
+        state = self.opening.load(self.optimizer, procs)
         if config.compile:
             self.forward = torch.compile(self.forward, dynamic=True)
 
@@ -213,12 +187,19 @@ class Trainer:
                     self.save()
                 self.publish()
         self.publish(wait=True)
-        whole = whole_model(self.model, self.procs) if self.adapters is None else self.adapters.merged()
+        self.finish()
+        self.report({"event": "done", "step": self.step, "path": str(self.out / "final")}, log=False)
+
+    def finish(self) -> None:
+        """Write the final checkpoint, and the adapters by themselves."""
         final, record = self.out / "final", self.run_record()
-        if self.adapters is not None:
-            self.adapters.save(self.out / "adapters")
-        self.procs.from_main(lambda: save_checkpoint(final, whole, self.processor, record))
-        self.report({"event": "done", "step": self.step, "path": str(final)}, log=False)
+        if self.adapters is None:
+            whole = whole_model(self.model, self.procs)
+            self.procs.from_main(lambda: save_checkpoint(final, whole, self.processor, record))
+            return
+        adapters = self.adapters.whole(self.procs)
+        self.procs.from_main(lambda: adapters.save(self.out / "adapters"))
+        self.procs.from_main(lambda: save_checkpoint(final, adapters.merged(), self.processor, record))
 
     def train_step(self) -> dict[str, Any]:
         """One optimiser step over this process's share of `accumulate` passes, each token weighing the same."""
@@ -319,11 +300,16 @@ class Trainer:
             "loader": [places[number] for number in sorted(places)],
             "torch_rng": rng_state(),
         }
+        if self.adapters is not None:
+            state["base"] = self.opening.base_hash
         if self.log is not None:
             self.log.sync()  # what was told before the checkpoint must not be lost where the checkpoint is not
         if self.saves is not None:
             self.publish(wait=True)
-            self.saves.begin(self.step, self.model, self.processor, self.optimizer, self.run_record(), state)
+            self.saves.begin(
+                self.step, self.model, self.processor, self.optimizer, self.run_record(), state,
+                adapted=self.adapters is not None,
+            )  # fmt: skip
             return self.publish(wait)
         path = save_resume(
             self.out / "checkpoints", self.step, self.config.keep, self.config.save_at, self.model, self.processor,

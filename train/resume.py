@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from nmm_serve.checkpoint import WEIGHTS, atomic_directory, write_checkpoint
+from nmm_serve.checkpoint import WEIGHTS, atomic_directory, checkpoint_hash, write_checkpoint
 from nmm_serve.errors import CheckpointError
 from nmm_serve.train.adapters import Adapters, trained_tensors
 from nmm_serve.train.distributed import sharded_like
@@ -113,6 +113,17 @@ def check_point(point: Path) -> None:
             raise damaged(point / name, point)
 
 
+def check_base(base: Path, point: Path) -> str:
+    """The hash of the model that adapters were put on. Raises CheckpointError unless it is what it was."""
+    expected: str = json.loads((point / "training/state.json").read_text())["base"]
+    if checkpoint_hash(base) != expected:
+        raise CheckpointError(
+            f"{base} is not the model that the adapters in {point} were trained on: a file of it is damaged or "
+            f"missing. Put it back, or delete {base.parent} to start again"
+        )
+    return expected
+
+
 def damaged(file: str | Path, point: Path) -> CheckpointError:
     what = "is damaged: it is not what was written" if Path(file).exists() else "is missing"
     earlier = [p.name for p in resume_points(point.parent) if p.name < point.name]
@@ -123,13 +134,15 @@ def damaged(file: str | Path, point: Path) -> CheckpointError:
 def load_resume(path: Path, model, optimizer) -> dict[str, Any]:
     """Put weights and optimiser back and return the rest of the state; `check_point` has been asked before."""
     state = json.loads((path / "training/state.json").read_text())
+    own = model.state_dict()
     if (path / TRAINED).is_file():
-        model.load_state_dict(load_file(path / TRAINED), strict=False)  # the rest is as the run began
+        weights = load_file(path / TRAINED)  # the rest is as the run began
     else:
         weights = load_file(path / WEIGHTS)
         if model.config.tie_word_embeddings:
             weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-        model.load_state_dict({name: sharded_like(weights[name], value) for name, value in model.state_dict().items()})
+        weights = {name: weights[name] for name in own}
+    model.load_state_dict({name: sharded_like(value, own[name]) for name, value in weights.items()}, strict=False)
     tensors = load_file(path / "training/optimizer.safetensors")
     parameters = dict(model.named_parameters())
     for key, tensor in tensors.items():

@@ -50,15 +50,18 @@ class BackgroundSaves:
         self._thread = ThreadPoolExecutor(1, "resume-checkpoint")
         self._pending: _Pending | None = None
 
-    def begin(self, step: int, model, processor, optimizer, run: dict[str, Any], state: dict[str, Any]) -> None:
-        """Copy what `step` needs and return; the copy is written while training goes on. Waits for an earlier save."""
+    def begin(
+        self, step: int, model, processor, optimizer, run: dict[str, Any], state: dict[str, Any], adapted: bool
+    ) -> None:
+        """Copy what `step` needs and return; the copy is written while training goes on. Waits for an earlier save.
+        A model with adapters (`adapted`) goes on from its base: of its weights only those that are trained are kept."""
         assert self._pending is None, "publish the save before"
         path = self._folder / f"step-{step:08d}"
         staging = self._folder / f".{path.name}.saving"
         state = {"step": step, "processes": self._procs.count, **state}
         self._procs.from_main(lambda: _prepare(staging, model, processor, run, state))
         upload = dcp.async_save(
-            training_tensors(model, optimizer),
+            training_tensors(model, optimizer, adapted),
             storage_writer=HuggingFaceStorageWriter(str(staging / SHARDS), save_distributed=True),
             process_group=self._group,
         )
@@ -127,10 +130,16 @@ def _reason(error: BaseException) -> str:
     return (text.splitlines() or [type(error).__name__])[-1]
 
 
-def training_tensors(model, optimizer) -> dict[str, torch.Tensor]:
+def _kept(model, adapted: bool) -> dict[str, torch.nn.Parameter]:
+    """The parameters in a resume checkpoint."""
+    # a tied weight has one name here
+    return {name: p for name, p in model.named_parameters() if p.requires_grad or not adapted}
+
+
+def training_tensors(model, optimizer, adapted: bool) -> dict[str, torch.Tensor]:
     """Weights and optimiser state by name, each as this process holds it."""
     tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():  # a tied weight has one name here
+    for name, parameter in _kept(model, adapted).items():
         tensors[f"weight/{name}"] = parameter.detach()
         for kind, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{kind}/{name}"] = value.reshape(1) if value.dim() == 0 else value
@@ -143,14 +152,14 @@ def open_sharded(path: Path) -> tuple[NMMForConditionalGeneration, NMMProcessor]
     return model, NMMProcessor.from_pretrained(path, local_files_only=True)
 
 
-def load_sharded(path: Path, model, optimizer, procs: Processes) -> dict[str, Any]:
+def load_sharded(path: Path, model, optimizer, procs: Processes, adapted: bool = False) -> dict[str, Any]:
     """Put weights and optimiser back and return the rest of the state, whatever the number of processes that wrote it.
 
     Raises CheckpointError when a file is missing or was changed since it was written.
     """
     state = _check(path, procs)
     reader = HuggingFaceStorageReader(str(path / SHARDS))
-    parameters = dict(model.named_parameters())
+    parameters = _kept(model, adapted)
     wanted: dict[str, torch.Tensor] = {}
     for key in reader.read_metadata().state_dict_metadata:
         kind, name = key.split("/", 1)

@@ -1,15 +1,18 @@
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_checkpoint import make_checkpoint
 from tiny_hf import write_encoder, write_language_model
 from tiny_training import TINY
 
 from nmm_serve.checkpoint import load_model, load_processor, read_run
-from nmm_serve.errors import ConfigError
+from nmm_serve.errors import CheckpointError, ConfigError
 from nmm_serve.train.config import config_from, load_config
 from nmm_serve.train.loop import Trainer, train
+from nmm_serve.train.resume import resume_points
 
 BASE = TINY | {
     "steps": 4, "eval_every": 4, "save_every": 2, "accumulate": 1, "tokenizer": {}, "model": {},
@@ -19,6 +22,11 @@ BASE = TINY | {
 
 def settings(**changes):
     return config_from(BASE | changes)
+
+
+def losses(out):
+    events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [(e["event"], e["step"], e.get("loss"), e.get("grad_norm"), e.get("loss_caption")) for e in events]
 
 
 def weights(path):
@@ -87,6 +95,37 @@ def test_the_merged_model_says_what_the_adapted_one_says(config, run, tmp_path):
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
+class Stop(Exception):
+    """Stands for the moment at which the process dies."""
+
+
+def test_a_killed_run_has_the_losses_of_an_undisturbed_one(config, run, tmp_path):
+    def die(event):
+        if event["event"] == "train" and event["step"] == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(config, tmp_path, die)
+    assert [point.name for point in resume_points(tmp_path / "checkpoints")] == ["step-00000002"]
+    train(config, tmp_path)
+    ours, expected = (load_file(out / "adapters/adapter_model.safetensors") for out in (tmp_path, run))
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    assert losses(tmp_path) == losses(run)
+
+
+def test_a_run_does_not_go_on_from_another_base(config, run, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    shutil.rmtree(out / "final")
+    file = out / "base/model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{out}/base is not the model that the adapters in .*step-00000002"):
+        train(config, out)
+
+
 def test_a_language_model_that_stays_learns_from_one_projection_and_one_token(tmp_path):
     """The setting of eP-ALM, by the recipe that ships."""
     language_model = write_language_model(tmp_path / "lm")
@@ -124,7 +163,6 @@ def test_a_language_model_that_stays_learns_from_one_projection_and_one_token(tm
         ({"optimizer": {"lr": 1e-3}, "soft_token": True}, "soft_token is for a decoder that itself stays"),
         ({"lora": {"rank": 0}}, "rank of at least 1"),
         ({"lora": {"ranks": 2}}, "Did you mean lora.rank"),
-        ({"lora": {}, "parallel": {"strategy": "ddp"}}, "trains in one process"),
     ],
 )
 def test_contradictions_are_refused(changes, message):

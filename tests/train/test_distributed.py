@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_checkpoint import make_checkpoint
 from tiny_training import write_recipe
 
 from nmm_serve.checkpoint import load_model, read_run
@@ -27,6 +28,7 @@ SHORT = ["steps=4", "eval_every=4", "save_every=2"]
 EARLY = [*SHORT, "accumulate=2"]  # a pass for each process
 MOE = [*SHORT, "rows=2", "accumulate=1", "model.family=moe", "model.router_z_loss_coef=0.001"]  # a row for each
 LATE = [*SHORT, "steps=3", "model.family=late", "data.shards=2"]
+LORA = [*EARLY, "lora={rank: 2, alpha: 8}", "soft_token=true", "optimizer={lr: 0.03, decoder_lr_scale: 0}"]
 DDP, FSDP = "parallel.strategy=ddp", "parallel.strategy=fsdp"
 RECOMPUTE = "parallel.activation_checkpointing=true"
 STOP = 3
@@ -71,23 +73,29 @@ def runs(recipe, tmp_path_factory) -> Path:
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr("nmm_serve.train.loop.gemm_rate", lambda device, dtype: 1e9)  # a third of a second a run
     folder = tmp_path_factory.mktemp("runs")
-    for name, options in (("early", EARLY), ("moe", MOE), ("late", LATE)):
+    lora = [*LORA, f"init_from={make_checkpoint(folder / 'start', tie_word_embeddings=True)}"]
+    for name, options in (("early", EARLY), ("moe", MOE), ("late", LATE), ("lora", lora)):
         train(load_config(recipe, options), folder / name)
-    with pytest.raises(TrainingError, match="stopped by SIGTERM after step 3"):
-        train(load_config(recipe, MOE), folder / "moe-1-then-2", stop_after(STOP))
+    for name, options in (("moe-1-then-2", MOE), ("lora-1-then-2", lora)):
+        with pytest.raises(TrainingError, match="stopped by SIGTERM after step 3"):
+            train(load_config(recipe, options), folder / name, stop_after(STOP))
     cases: list[tuple[str, list[str], int]] = [
         ("early-ddp", [*EARLY, DDP], 0),
         ("moe-fsdp", [*MOE, FSDP, RECOMPUTE], 0),
         ("moe-1-then-2", [*MOE, DDP], 0),
         ("moe-2-then-1", [*MOE, FSDP], STOP),
         ("late-fsdp", [*LATE, FSDP], 0),
+        ("lora-ddp", [*lora, DDP], 0),
+        ("lora-1-then-2", [*lora, FSDP, RECOMPUTE], 0),
+        ("lora-2-then-1", [*lora, FSDP], STOP),
     ]
     text = json.dumps([(str(folder / name), options, stop) for name, options, stop in cases])
     done = subprocess.run(
         torchrun(2, str(CASES), recipe, text), env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    train(load_config(recipe, MOE), folder / "moe-2-then-1")
+    for name, options in (("moe-2-then-1", MOE), ("lora-2-then-1", lora)):
+        train(load_config(recipe, options), folder / name)
     monkeypatch.undo()
     torch.set_num_threads(threads)
     return folder
@@ -101,6 +109,9 @@ def runs(recipe, tmp_path_factory) -> Path:
         ("moe-1-then-2", "moe"),
         ("moe-2-then-1", "moe"),
         ("late-fsdp", "late"),
+        ("lora-ddp", "lora"),
+        ("lora-1-then-2", "lora"),
+        ("lora-2-then-1", "lora"),
     ],
 )
 def test_losses_are_those_of_one_process(runs, name, alone):
@@ -117,6 +128,31 @@ def test_final_checkpoint_is_an_ordinary_one(runs):
     model, expected = load_model(runs / "moe-fsdp/final"), load_model(runs / "moe/final")
     for (name, ours), theirs in zip(model.named_parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_adapters_of_several_processes_are_merged_and_written_as_those_of_one(runs):
+    files = ["final/model.safetensors", "adapters/adapter_model.safetensors"]
+    before = load_file(runs / "lora/base/model.safetensors")
+    for file in files:
+        expected = load_file(runs / "lora" / file)
+        for name in ("lora-ddp", "lora-1-then-2", "lora-2-then-1"):
+            ours = load_file(runs / name / file)
+            assert ours.keys() == expected.keys()
+            for key, tensor in ours.items():
+                torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=1e-4, msg=key)
+    after = load_file(runs / "lora-1-then-2" / files[0])
+    adapted = "model.layers.1.self_attn.qkv_proj.weight"
+    changed = (after[adapted] - before[adapted]).abs()
+    assert changed.max() > 1e-2, "far more than the tolerance"
+
+
+def test_a_resume_checkpoint_of_shards_holds_what_is_trained(runs):
+    (point,) = [p for p in resume_points(runs / "lora-ddp/checkpoints") if p.name == "step-00000002"]
+    names = {name for file in (point / "training/shards").iterdir() for name in load_file(file)}
+    weights = {name for name in names if name.startswith("weight/")}
+    assert len(names) == 4 * len(weights), "each with two moments and a count of steps"
+    trained = (".lora_", ".trainable_tokens_delta.", ".patch_embed.")
+    assert all(any(part in name for part in trained) for name in weights)
 
 
 def test_each_process_writes_half_of_the_numbers(runs):

@@ -150,7 +150,7 @@ def test_accumulation_weighs_every_token_the_same(recipe, tmp_path):
 
 def test_pixels_train_like_patches(recipe, whole, tmp_path, monkeypatch):
     """What a GPU is given, through a data worker."""
-    monkeypatch.setattr("nmm_serve.train.loop.takes_raw_pixels", lambda device: True)
+    monkeypatch.setattr("nmm_serve.train.opening.takes_raw_pixels", lambda device: True)
     final = train(load_config(recipe, ["data.workers=1"]), tmp_path / "run")
     assert [row[:2] for row in losses(tmp_path / "run")] == [row[:2] for row in losses(whole)]
     for actual, expected in zip(losses(tmp_path / "run"), losses(whole), strict=True):

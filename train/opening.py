@@ -1,0 +1,69 @@
+"""What a run begins with: a fresh model, or that of its last resume checkpoint; with adapters, the base they are on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nmm_serve.checkpoint import checkpoint_hash, load_model, load_processor, save_checkpoint
+from nmm_serve.image_processor import takes_raw_pixels
+from nmm_serve.models import NMMForConditionalGeneration
+from nmm_serve.processor import NMMProcessor
+from nmm_serve.train.adapters import SOFT_TOKEN, Adapters, has_adapters
+from nmm_serve.train.build import build
+from nmm_serve.train.config import TrainConfig
+from nmm_serve.train.data.mixture import Mixture
+from nmm_serve.train.distributed import Processes, fingerprint
+from nmm_serve.train.resume import check_base, check_point, load_resume, resume_points
+from nmm_serve.train.sharded_resume import is_sharded, load_sharded, open_sharded
+
+BASE = "base"
+"""Beside a run's checkpoints: the model that its adapters were put on."""
+
+
+@dataclass
+class Opening:
+    """A model on the CPU, whole in every process; what was trained of it is still to be loaded, by `load`."""
+
+    model: NMMForConditionalGeneration
+    processor: NMMProcessor
+    adapters: Adapters | None
+    base_hash: str | None
+    point: Path | None
+    """The resume checkpoint to go on from."""
+
+    def load(self, optimizer: Any, procs: Processes) -> dict[str, Any]:
+        """Put weights and optimiser of the resume checkpoint in place, once the model is spread over the processes.
+        Returns the rest of the state, which is empty in a fresh run."""
+        if self.point is None:
+            return {}
+        if is_sharded(self.point):
+            return load_sharded(self.point, self.model, optimizer, procs, adapted=self.adapters is not None)
+        return load_resume(self.point, self.model, optimizer)
+
+
+def open_run(config: TrainConfig, mixture: Mixture, out: Path, procs: Processes) -> Opening:
+    """Every process must call; the main one checks files and writes the base.
+
+    Raises CheckpointError for a damaged resume checkpoint or base, and what building a model raises.
+    """
+    point = procs.from_main(lambda: next(reversed(resume_points(out / "checkpoints")), None))
+    sharded = point is not None and is_sharded(point)
+    if point is not None and not sharded:
+        procs.from_main(lambda: check_point(point))
+    base, adapted = out / BASE, has_adapters(config)
+    base_hash = procs.from_main(lambda: check_base(base, point)) if adapted and point is not None else None
+    if point is None:
+        model, processor = build(config, mixture)
+    elif adapted:  # resume checkpoints hold the merged model
+        model, processor = load_model(base), load_processor(base)
+    else:
+        model, processor = open_sharded(point) if sharded else (load_model(point), load_processor(point))
+    processor.image_processor.raw_pixels = takes_raw_pixels(procs.device)
+    if adapted and point is None:
+        told = {"name": f"{config.name}, before training"}
+        procs.from_main(lambda: save_checkpoint(base, model, processor, told))
+        base_hash = procs.from_main(lambda: checkpoint_hash(base))
+    adapters = Adapters(model, config, processor.token_id(SOFT_TOKEN), base) if adapted else None
+    if point is None:
+        procs.check_same("tokenizer and fresh weights", lambda: fingerprint(model, processor))
+    return Opening(model, processor, adapters, base_hash, point)
