@@ -21,9 +21,9 @@ SOURCES = {
     "torch": ("nmm_serve.engines.torch", "nmm_serve.engines.decoding"),
     "vllm": (
         "nmm_serve.engines.vllm", "nmm_serve.engines.vllm_tasks", "nmm_serve.vllm_plugin",
-        "nmm_serve.vllm_plugin.cpu_prefix_attn", "nmm_serve.vllm_plugin.model", "nmm_serve.vllm_plugin.moe_choice",
-        "nmm_serve.vllm_plugin.processing", "nmm_serve.vllm_plugin.renderer", "nmm_serve.vllm_plugin.scheduler",
-        "nmm_serve.vllm_plugin.settings",
+        "nmm_serve.vllm_plugin.cpu_prefix_attn", "nmm_serve.vllm_plugin.encoder_graphs", "nmm_serve.vllm_plugin.model",
+        "nmm_serve.vllm_plugin.moe_choice", "nmm_serve.vllm_plugin.processing", "nmm_serve.vllm_plugin.renderer",
+        "nmm_serve.vllm_plugin.scheduler", "nmm_serve.vllm_plugin.settings", "nmm_serve.vllm_plugin.vision",
     ),
     "onnx": (
         "nmm_serve.engines.onnx", "nmm_serve.engines.decoding", "nmm_serve.onnx.check", "nmm_serve.onnx.decoder",
@@ -38,8 +38,8 @@ LATE_ONLY = {
         ("nmm_serve.config", "NMMVisionConfig"),
     ),
     "vllm": (
-        ("nmm_serve.models.vision", "VisionEncoder"), ("nmm_serve.models.blocks", "EncoderLayer"),
-        ("nmm_serve.config", "NMMVisionConfig"),
+        ("nmm_serve.vllm_plugin.vision", None), ("nmm_serve.vllm_plugin.encoder_graphs", None),
+        ("nmm_serve.models.blocks", "EncoderLayer"), ("nmm_serve.config", "NMMVisionConfig"),
     ),
     "onnx": (("nmm_serve.onnx.image", "encoder"), ("nmm_serve.config", "NMMVisionConfig")),
 }  # fmt: skip
@@ -50,7 +50,15 @@ MOE_ONLY = {
     "onnx": (("nmm_serve.onnx.moe", None),),
 }
 
+COMPILED = {
+    "compile_encoder": "encoder",
+    "encoder_graphs": "encoder CUDA graphs",
+    "compile_decoder": "decoder",
+}
+
 DEFINITIONS = {
+    "compiled": "parts that torch.compile has compiled while the engine started or warmed up; ONNX Runtime runs "
+    "exported graphs and has none",
     "build": "commands between a checkpoint and a running engine",
     "graphs": "ONNX graphs and their nodes as exported; an engine that builds its graph while running has no such file",
     "caches": "state that an engine keeps between steps or requests; bytes a token of a sequence where it grows so",
@@ -60,8 +68,10 @@ DEFINITIONS = {
 }
 
 
-def entry(engine: str, model: Path, checkpoint: Path, operator_calls: dict[str, Any]) -> dict[str, Any]:
-    """One row: what `engine` takes to serve `model`, which was made of `checkpoint`.
+def entry(
+    engine: str, model: Path, checkpoint: Path, operator_calls: dict[str, Any], about: dict[str, Any]
+) -> dict[str, Any]:
+    """One row: what `engine` takes to serve `model`, which was made of `checkpoint`. `about`: the engine's own words.
 
     Raises ConfigError for an engine that serves no checkpoint.
     """
@@ -77,6 +87,7 @@ def entry(engine: str, model: Path, checkpoint: Path, operator_calls: dict[str, 
         "engine": engine,
         "build": ["nmm-serve export CHECKPOINT --onnx OUT"] if engine == "onnx" else [],
         "graphs": onnx_graphs(model) if engine == "onnx" else {"count": 0, "nodes": None},
+        "compiled": [words for name, words in COMPILED.items() if about.get(name)],
         "operator_calls": operator_calls,
         "caches": caches(engine, config),
         "knobs": knobs(engine, config),

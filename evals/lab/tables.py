@@ -175,6 +175,7 @@ def ledger_table(rows: Sequence[dict[str, Any]]) -> Table:
         "build steps",
         "graphs",
         "graph nodes",
+        "compiled",
         "prefill ops",
         "ops/token",
         "caches",
@@ -187,6 +188,7 @@ def ledger_table(rows: Sequence[dict[str, Any]]) -> Table:
             [
                 row["model"], row["engine"], row["family"], str(len(row["build"])), str(row["graphs"]["count"]),
                 MISSING if nodes is None else " + ".join(f"{name} {count}" for name, count in nodes.items()),
+                ", ".join(row.get("compiled", ())) or MISSING,  # older records do not tell
                 _count(calls["prefill"]), _count(calls["decode_step"]), ", ".join(row["caches"]),
                 str(row["caches"]["kv"]["float32_bytes_per_token"]), str(len(row["knobs"]["engine"])),
                 str(row["knobs"]["model_fields"]), str(row["code_lines"]), str(row["family_lines"]),

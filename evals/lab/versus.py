@@ -20,6 +20,7 @@ from nmm_serve.evals.lab.process import told
 from nmm_serve.evals.lab.training import BATCH, Trainee, measure_steps
 from nmm_serve.evals.lab.worker import Worker
 from nmm_serve.evals.latency import UNSEEN, Load
+from nmm_serve.server import on_gpu
 
 ENGINES = ("torch", "vllm", "onnx")
 TRAINING = "training"
@@ -28,14 +29,17 @@ TRAINING = "training"
 Start = Callable[[str, int], Callable[[int], None]]
 
 
-def settings(engine: str, load: Load) -> dict[str, Any]:
-    """Engine options of a fair comparison: room for every request, no cache across requests, the encoder compiled."""
+def settings(engine: str, load: Load, models: int) -> dict[str, Any]:
+    """Engine options of a fair comparison: room for every request, no cache across requests, the encoder compiled, on a
+    GPU also captured (vLLM's graphs of it were never run), and a share of its memory for each of the models."""
     at_once = max(load.concurrencies)
-    return {
-        "torch": {"batch_size": at_once, "compile_encoder": True},
-        "vllm": {"max_num_seqs": at_once, "prefix_caching": False, "image_cache": False},
-        "onnx": {"batch_size": at_once},
-    }[engine]
+    if engine != "vllm":
+        return {"batch_size": at_once} | ({"compile_encoder": True} if engine == "torch" else {})
+    options = {"max_num_seqs": at_once, "prefix_caching": False, "image_cache": False, "enforce_eager": False}
+    if on_gpu():
+        options["compilation_config"] = {"cudagraph_mm_encoder": True}
+        options["gpu_memory_utilization"] = 0.9 / (models + 1)  # one more, whose operators are counted
+    return options
 
 
 @dataclass(kw_only=True)
@@ -121,7 +125,7 @@ class Comparison:
 
         def start(contender: Contender) -> Worker:
             model, exports[contender.name] = for_engine(contender.path, engine, self.folder / group.label)
-            options = settings(engine, self.load)
+            options = settings(engine, self.load, len(group.contenders))
             return Worker(contender.name, str(model), engine, options, files=self.files, seed=self.seed)
 
         with ExitStack() as stack:
@@ -217,7 +221,7 @@ def measured_costs(
 ) -> dict[str, Any]:
     """What one model takes with one engine, its row of the ledger included."""
     memory = worker.memory()
-    calls = worker.operator_calls(load.workload, number)
+    calls = operator_calls(worker, load, number)
     return {
         "model": contender.name,
         "settings": worker.about,
@@ -225,15 +229,27 @@ def measured_costs(
         "export_s": export_s,
         "memory": memory,
         "artefact": resources.artefact(worker.model),
-        "ledger": ledger.entry(worker.engine, Path(worker.model), contender.path, calls),
+        "ledger": ledger.entry(worker.engine, Path(worker.model), contender.path, calls, worker.about),
     }
+
+
+def operator_calls(worker: Worker, load: Load, number: int) -> dict[str, Any]:
+    """Of the worker's model without compilation. vLLM's compiled code cannot be left out for a while, as torch's is, so
+    its operators are counted in an engine of their own."""
+    if not worker.about.get("compile_decoder"):
+        return worker.operator_calls(load.workload, number)
+    plain = worker.again(enforce_eager=True)
+    try:
+        return plain.operator_calls(load.workload, number)
+    finally:
+        plain.close()
 
 
 def ledger_row(contender: Contender, engine: str, folder: Path) -> dict[str, Any]:
     """The ledger of one checkpoint and engine, with what a short run of it measures."""
     model, export_s = for_engine(contender.path, engine, folder)
     load = Load(concurrencies=(1,), requests=1, warmup=0, output_tokens=1)
-    worker = Worker(contender.name, str(model), engine, settings(engine, load))
+    worker = Worker(contender.name, str(model), engine, settings(engine, load, 1))
     try:
         costs = measured_costs(contender, worker, export_s, load, 0)
     finally:

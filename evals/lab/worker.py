@@ -29,7 +29,12 @@ class Worker(Child):
         self, name: str, model: str, engine: str, options: dict[str, Any], *, files: Sequence[Path] = (), seed: int = 0
     ) -> None:
         self.name, self.model, self.engine = name, model, engine
+        self._options, self._files, self._seed = options, files, seed
         super().__init__(f"{name} with engine {engine}", _run, model, engine, options, tuple(map(str, files)), seed)
+
+    def again(self, **options: Any) -> "Worker":
+        """A further process with the same model, and other options."""
+        return Worker(self.name, self.model, self.engine, self._options | options, files=self._files, seed=self._seed)
 
     def wave(self, workload: Workload, numbers: Sequence[int]) -> tuple[list[Output], float]:
         """Answers to the requests of these numbers, handed over together, and the seconds it took."""

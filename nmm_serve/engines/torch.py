@@ -108,6 +108,7 @@ class TorchEngine(InChunks):
             "batch_size": self.batch_size,
             "use_cache": self.use_cache,
             "compile_encoder": self.compile_encoder,
+            "encoder_graphs": self.compile_encoder and torch.device(self.device).type == "cuda",
         }
 
     def encode(self, request: Request) -> Encoded:

@@ -82,7 +82,8 @@ class VLLMEngine:
         max_num_seqs: requests that run at once.
         prefix_caching: reuse the keys and values of a prompt's beginning that was seen before.
         image_cache: keep the patches of recent images.
-        enforce_eager: do not compile. Default: compile on a GPU only; on a CPU it costs a minute at each start.
+        enforce_eager: do not compile. Default: compile decoder and ViT on a GPU only; on a CPU it costs up to a minute
+            at each start.
         seed: for requests that sample without a seed of their own.
         options: further vLLM engine arguments by their own names.
 
@@ -203,6 +204,7 @@ class VLLMEngine:
 
     def describe(self) -> dict[str, Any]:
         from nmm_serve.vllm_plugin.model import chosen_experts
+        from nmm_serve.vllm_plugin.settings import compiled
 
         settings = self.engine.vllm_config
         has_experts = settings.model_config.hf_config.num_experts > 0
@@ -217,6 +219,7 @@ class VLLMEngine:
             "max_num_seqs": self.max_num_seqs,
             "max_num_batched_tokens": settings.scheduler_config.max_num_batched_tokens,
             "enforce_eager": self.eager,
+            **compiled(settings),
             "prefix_caching": settings.cache_config.enable_prefix_caching,
             "image_cache": self.prompts.keep_images,
             "expert_kernels": chosen_experts(settings) if has_experts else None,

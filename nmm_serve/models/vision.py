@@ -80,12 +80,13 @@ def build_encoder(config) -> nn.Module:
 
 def image_tokens(front, config, pixels_PK: torch.Tensor, grid_I2: torch.Tensor) -> torch.Tensor:
     """Patches to decoder inputs through the modules of `front`, a model of any engine: [P, D], or [I, D] where images
-    are pooled."""
-    if config.encoder is None:
-        return front.patch_embed(pixels_PK, grid_I2)
-    if config.encoder.pretrained is not None:
+    are pooled. A grid on the host, as vLLM has it, lets an encoder read its numbers without waiting for the device."""
+    if config.encoder is not None and config.encoder.pretrained is not None:
         return front.connector(front.vision(pixels_PK, grid_I2, config.pool_image))
-    x_PD = front.vision(front.patch_embed(pixels_PK, grid_I2), grid_I2)
+    x_PD = front.patch_embed(pixels_PK, grid_I2.to(pixels_PK.device))
+    if config.encoder is None:
+        return x_PD
+    x_PD = front.vision(x_PD, grid_I2)
     if config.pool_image:
         x_PD = torch.stack([x_RD.mean(0) for x_RD in x_PD.split(grid_I2.prod(-1).tolist())])
     return front.connector(x_PD)

@@ -1,5 +1,5 @@
 """The model of all families on vLLM's layers. Module names follow the checkpoint; the image front is the very modules
-of `nmm_serve.models`.
+of `nmm_serve.models`, but for the ViT's attention (see `vision`).
 
 Legend: N tokens of all requests, D hidden size, H query heads, G key/value heads, C head size, P patches of all images.
 """
@@ -44,9 +44,11 @@ from vllm.sequence import IntermediateTensors
 from nmm_serve.chat import IMAGE
 from nmm_serve.kernels.moe import moe_mlp
 from nmm_serve.models.blocks import Experts
-from nmm_serve.models.vision import PatchEmbed, build_encoder, image_tokens
+from nmm_serve.models.vision import PatchEmbed, build_encoder
+from nmm_serve.vllm_plugin.encoder_graphs import EncoderGraphs
 from nmm_serve.vllm_plugin.moe_choice import Choice, ExpertsLayer, choose
 from nmm_serve.vllm_plugin.processing import NMMDummyInputsBuilder, NMMMultiModalProcessor, NMMProcessingInfo
+from nmm_serve.vllm_plugin.vision import NMMVisionEncoder
 
 
 class NMMAttention(nn.Module):
@@ -254,13 +256,15 @@ class NMMDecoder(nn.Module):
 @MULTIMODAL_REGISTRY.register_processor(
     NMMMultiModalProcessor, info=NMMProcessingInfo, dummy_inputs=NMMDummyInputsBuilder
 )
-class NMMForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP):
+class NMMForConditionalGeneration(nn.Module, EncoderGraphs, SupportsMultiModal, SupportsPP):
     """Early, late, MoE and late x MoE by configuration, like `nmm_serve.models.NMMForConditionalGeneration`."""
 
-    # the compiled decoder holds text layers only
+    # the compiled decoder holds text layers only, and the compiled encoder all of our ViT
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_prefix={
             "model.patch_embed.": "patch_embed.",
+            "model.vision.layers.": "vision.body.layers.",
+            "model.vision.norm.": "vision.body.norm.",
             "model.vision.": "vision.",
             "model.connector.": "connector.",
         }
@@ -274,7 +278,8 @@ class NMMForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP):
             if config.encoder is None or config.encoder.pretrained is None:
                 self.patch_embed = PatchEmbed(config)
             if config.vision_config is not None:
-                self.vision = build_encoder(config.encoder)
+                ours = config.encoder.pretrained is None
+                self.vision = NMMVisionEncoder(config.encoder) if ours else build_encoder(config.encoder)
                 self.connector = nn.Linear(config.vision_config.hidden_size, config.hidden_size, bias=False)
         with self._mark_language_model(vllm_config):
             self.model = NMMDecoder(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
@@ -292,6 +297,7 @@ class NMMForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP):
             self.lm_head = PPMissingLayer()
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+        self.requires_grad_(False)  # else compiling the encoder would make ready for a backward pass
         if current_platform.is_cpu() and vllm_config.model_config.enforce_eager and envs.VLLM_ENABLE_V1_MULTIPROCESSING:
             # This is a worker process of its own. vLLM compiles some small functions even so, at their first use:
             # the first request with log-probabilities then takes 15 seconds and a C++ compiler.
@@ -305,10 +311,8 @@ class NMMForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP):
         """One [tokens, D] tensor an image."""
         if not kwargs:
             return []
-        pixel_values, image_grid = kwargs["pixel_values"], kwargs["image_grid"]
-        grid_I2 = image_grid.to(pixel_values.device)
-        lengths = [self.config.image_tokens(patches) for patches in image_grid.prod(-1).tolist()]
-        return image_tokens(self, self.config, pixel_values, grid_I2).split(lengths)
+        lengths = [self.config.image_tokens(patches) for patches in kwargs["image_grid"].prod(-1).tolist()]
+        return self.encoder_eager_forward(kwargs).split(lengths)
 
     def forward(
         self,

@@ -29,8 +29,8 @@ TORCH_ONLY: dict[str, dict[str, Any]] = {"modality-moe": {"num_experts": 2, "rou
 """What vLLM does not serve."""
 
 
-def make_parity_checkpoint(path: Path, family: str) -> Path:
-    make_checkpoint(path, **(FAMILIES | TORCH_ONLY)[family])
+def make_parity_checkpoint(path: Path, family: str, **config: Any) -> Path:
+    make_checkpoint(path, **(FAMILIES | TORCH_ONLY)[family] | config)
     model = load_model(path)
     torch.manual_seed(0)
     with torch.no_grad():
