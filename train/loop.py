@@ -34,6 +34,7 @@ from nmm_serve.train.distributed import (
 )
 from nmm_serve.train.log import RunLog
 from nmm_serve.train.opening import BASE, open_run
+from nmm_serve.train.memory import keep_freed_memory
 from nmm_serve.train.optim import build_optimizer, lr_factor, set_lr
 from nmm_serve.train.parts import describe_parts, freeze
 from nmm_serve.train.resume import rng_state, save_resume, step_of
@@ -86,6 +87,8 @@ class Trainer:
         bf16 = config.precision == "bf16" or (config.precision == "auto" and self.device == "cuda")
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         torch.manual_seed(config.seed)
+        if self.device == "cpu":
+            keep_freed_memory()
 
         division = Division(config.accumulate, config.rows, procs.count)
         division.check("processes")
