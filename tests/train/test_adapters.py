@@ -14,6 +14,8 @@ from nmm_serve.train.config import config_from, load_config
 from nmm_serve.train.loop import Trainer, train
 from nmm_serve.train.resume import resume_points
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BASE = TINY | {
     "steps": 4, "eval_every": 4, "save_every": 2, "accumulate": 1, "tokenizer": {}, "model": {},
     "optimizer": {"lr": 1e-2, "decoder_lr_scale": 0},

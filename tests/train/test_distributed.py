@@ -23,6 +23,8 @@ from nmm_serve.train.loop import Trainer, train
 from nmm_serve.train.resume import resume_points
 from nmm_serve.train.sharded_resume import HuggingFaceStorageWriter, load_sharded
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CASES = Path(__file__).parents[1] / "support/distributed_cases.py"
 SHORT = ["steps=4", "eval_every=4", "save_every=2"]
 EARLY = [*SHORT, "accumulate=2"]  # a pass for each process
@@ -68,8 +70,6 @@ def recipe(tmp_path_factory) -> str:
 def runs(recipe, tmp_path_factory) -> Path:
     """Every run of this file, one folder each: some of one process, some of two, some begun by one kind and ended by
     the other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr("nmm_serve.train.loop.gemm_rate", lambda device, dtype: 1e9)  # a third of a second a run
     folder = tmp_path_factory.mktemp("runs")
@@ -97,7 +97,6 @@ def runs(recipe, tmp_path_factory) -> Path:
     for name, options in (("moe-2-then-1", MOE), ("lora-2-then-1", lora)):
         train(load_config(recipe, options), folder / name)
     monkeypatch.undo()
-    torch.set_num_threads(threads)
     return folder
 
 

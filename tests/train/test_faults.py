@@ -26,6 +26,8 @@ from nmm_serve.train.loop import train
 from nmm_serve.train.resume import check_point, resume_points
 from nmm_serve.train.run_folder import keep_config, locked
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FULL: list[str] = []
 """While a path is named here, opening or making what has it in its name finds the disk full."""
 
@@ -42,14 +44,6 @@ def _hook():
     FULL.clear()
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> str:
     return write_recipe(tmp_path_factory.mktemp("recipe") / "tiny.yaml")
@@ -57,7 +51,6 @@ def recipe(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def whole(recipe, tmp_path_factory) -> Path:
-    torch.set_num_threads(1)
     return train(load_config(recipe), tmp_path_factory.mktemp("whole") / "run")
 
 
@@ -73,7 +66,6 @@ def stopped(recipe, tmp_path_factory) -> Path:
         if event["event"] == "train" and event["step"] == 7:
             raise Stop
 
-    torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.raises(Stop):
         train(load_config(recipe), out, die)

@@ -20,13 +20,7 @@ from nmm_serve.train.data.builtin import builtin_images
 from nmm_serve.train.loop import Trainer, train
 from nmm_serve.train.resume import resume_points
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +40,6 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def whole(recipe, tmp_path_factory) -> Path:
     """An undisturbed run."""
-    torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("whole") / "run"
     train(load_config(recipe), out)
     return out

@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import sys
 import threading
 import time
 from multiprocessing.connection import Connection, wait
@@ -33,10 +34,10 @@ class Pool(Protocol):
 
 def train_job(values: Values, out: str) -> str | None:
     """Train one run in this process. Gives back what went wrong, in one line, or None."""
-    from nmm_serve.train.config import config_from
-    from nmm_serve.train.loop import train
-
     try:
+        from nmm_serve.train.config import config_from
+        from nmm_serve.train.loop import train
+
         train(config_from(values), out)
     except (NMMError, OSError) as error:
         return str(error)
@@ -137,8 +138,22 @@ def _environment(name: str, value: str):
             os.environ[name] = old
 
 
+def _train_in_ray(values: Values, out: str, threads: int, directory: str) -> str | None:
+    """`train_job` in a worker of Ray's."""
+    # Ray adds the directory that the sweep was started in; folders there may be named like libraries, as our source's
+    sys.path[:] = [path for path in sys.path if path != directory]
+    import torch
+
+    torch.set_num_threads(threads)
+    return train_job(values, out)
+
+
 class RayPool:
-    """Ray tasks on a cluster whose machines share the sweep's folder. Not tried on more than one machine."""
+    """Ray tasks on a cluster whose machines share the sweep's folder. Not tried on more than one machine.
+
+    Raises ConfigError without Ray, or when no machine of the cluster has `threads` CPUs and `gpu_share` GPUs;
+    TrainingError when the cluster cannot be reached.
+    """
 
     def __init__(self, address: str, workers: int, threads: int, gpu_share: float) -> None:
         try:
@@ -152,7 +167,9 @@ class RayPool:
         except Exception as error:
             raise TrainingError(f"Ray's cluster {address!r} cannot be reached: {error}") from None
         self._ray, self._workers = ray, workers
-        self._task = ray.remote(num_cpus=threads, num_gpus=gpu_share, max_retries=0)(train_job)
+        self._settings = (threads, os.path.abspath(os.curdir))
+        self._check(threads, gpu_share)
+        self._task = ray.remote(num_cpus=threads, num_gpus=gpu_share, max_retries=0)(_train_in_ray)
         self._busy: dict[Any, str] = {}
 
     @property
@@ -160,7 +177,18 @@ class RayPool:
         return self._workers - len(self._busy)
 
     def submit(self, name: str, values: Values, out: Path) -> None:
-        self._busy[self._task.remote(values, str(out.resolve()))] = name
+        self._busy[self._task.remote(values, str(out.resolve()), *self._settings)] = name
+
+    def _check(self, threads: int, gpu_share: float) -> None:
+        """Ray lets a task wait for ever that no machine can take."""
+        machines = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        if not any(m.get("CPU", 0) >= threads and m.get("GPU", 0) >= gpu_share for m in machines):
+            self._ray.shutdown()
+            found = "; ".join(f"{m.get('CPU', 0):g} and {m.get('GPU', 0):g}" for m in machines)
+            raise ConfigError(
+                f"no machine of the Ray cluster has {threads} CPUs and {gpu_share:g} GPUs for a run (its machines have "
+                f"{found}); lower `threads` in the plan, or --gpu-share, which is 0 where there are no GPUs"
+            )
 
     def results(self, seconds: float) -> list[Result]:
         if not self._busy:
@@ -172,10 +200,17 @@ class RayPool:
             try:
                 ended.append((name, self._ray.get(reference)))
             except Exception as error:
-                ended.append((name, f"its Ray task died: {error}"))
+                ended.append((name, f"its Ray task died: {self._reason(error)}"))
         return ended
+
+    def _reason(self, error: Exception) -> str:
+        """One line: of an error with a traceback in it the last, else the first."""
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return lines[-1 if isinstance(error, self._ray.exceptions.RayTaskError) else 0]
 
     def close(self) -> None:
         for reference in self._busy:
-            self._ray.cancel(reference)
+            self._ray.cancel(reference)  # as Ctrl-C is to it
+        if self._busy:  # a run in hand saves a resume checkpoint first
+            self._ray.wait(list(self._busy), num_returns=len(self._busy), timeout=30)
         self._ray.shutdown()
