@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nmm_serve.errors import CheckpointError, NMMError
+from nmm_serve.errors import CheckpointError, NMMError, first_line
 from nmm_serve.onnx.manifest import is_exported
 
 if TYPE_CHECKING:
@@ -182,8 +182,7 @@ def load_whole(
                 output_loading_info=True,
             )  # fmt: skip
     except Exception as cause:
-        lines = str(cause).strip().splitlines() or [type(cause).__name__]
-        raise error(f"{what} cannot be loaded: {lines[0]}") from cause
+        raise error(f"{what} cannot be loaded: {first_line(cause)}") from cause
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(kind):
             names = ", ".join(sorted(map(str, info[kind]))[:3])

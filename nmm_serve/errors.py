@@ -42,6 +42,11 @@ class TrainingError(NMMError):
     """A training run that cannot go on."""
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, for a message of one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     """One line for a name that does not exist, with the nearest existing one."""
     known = sorted(known)

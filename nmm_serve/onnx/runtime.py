@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nmm_serve.errors import CheckpointError, ConfigError, EngineError
+from nmm_serve.errors import CheckpointError, ConfigError, EngineError, first_line
 from nmm_serve.onnx.manifest import DECODER, IMAGE, Manifest, read_manifest
 
 INSTALL = "pip install 'nmm-serve[onnx]'"
@@ -71,8 +71,7 @@ class Runtime:
         try:
             return self.onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the runtime has exceptions of its own, without a common base
-            reason = str(error).strip().splitlines()[0]
-            raise CheckpointError(f"{file} cannot be loaded: {reason}; export the model again") from error
+            raise CheckpointError(f"{file} cannot be loaded: {first_line(error)}; export the model again") from error
 
     def image_tokens(self, images_HWC: Sequence[np.ndarray]) -> np.ndarray | None:
         """uint8 pixels of images, each cut into whole patches, to image tokens [P, D]; None for no images."""

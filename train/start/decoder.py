@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.configuration_utils import PreTrainedConfig
 
 from nmm_serve.checkpoint import load_whole
-from nmm_serve.errors import ConfigError
+from nmm_serve.errors import ConfigError, first_line
 
 QK_NORM = {"llama": False, "mistral": False, "qwen3": True}
 """Model types with our block (pre-norm RMSNorm, RoPE in halves, SwiGLU, no biases), and whether they normalise query
@@ -37,7 +37,7 @@ def read_decoder_config(path: str | Path) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
     except Exception as error:  # whatever a damaged or missing file makes the library raise
-        raise ConfigError(f"start.decoder: {path}/config.json cannot be read: {_reason(error)}") from error
+        raise ConfigError(f"start.decoder: {path}/config.json cannot be read: {first_line(error)}") from error
     if config.model_type not in QK_NORM:
         raise ConfigError(
             f"start.decoder: {path} has model_type {config.model_type!r}, whose blocks are not ours; "
@@ -59,10 +59,6 @@ def _mismatch(path: str | Path, name: str, value: Any, expected: Any) -> ConfigE
         f"start.decoder: {path} has {name} {value!r}, and our decoder can only be a model with {expected!r}; "
         "choose another model"
     )
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def decoder_fields(config: PreTrainedConfig) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel
 
 from nmm_serve.checkpoint import load_whole
 from nmm_serve.config import PRETRAINED_ENCODERS
-from nmm_serve.errors import ConfigError
+from nmm_serve.errors import ConfigError, first_line
 
 KEPT = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels",
@@ -33,7 +33,7 @@ def read_encoder(path: str | Path, patch_size: int, image_size: int) -> tuple[di
     try:
         whole = AutoConfig.from_pretrained(path, local_files_only=True)
     except Exception as error:  # whatever a damaged or missing file makes the library raise
-        raise ConfigError(f"start.encoder: {path}/config.json cannot be read: {_reason(error)}") from error
+        raise ConfigError(f"start.encoder: {path}/config.json cannot be read: {first_line(error)}") from error
     config = getattr(whole, "vision_config", whole)
     if config.model_type not in PRETRAINED_ENCODERS:
         raise ConfigError(
@@ -80,7 +80,3 @@ def read_normalisation(path: Path) -> tuple[list[float], list[float]]:
         f"start.encoder: {path} has no preprocessor_config.json, which says how its pixels are normalised; "
         "copy it from where the encoder comes from"
     )
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from nmm_serve.chat import BOS, CHAT_TEMPLATE, EOS, PAD, SPECIAL_TOKENS
-from nmm_serve.errors import ConfigError
+from nmm_serve.errors import ConfigError, first_line
 from nmm_serve.tokenizer import add_special_tokens
 
 
@@ -26,8 +26,7 @@ def adopt_tokenizer(path: str | Path) -> tuple[PreTrainedTokenizerFast, dict[int
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # whatever a damaged or missing file makes the library raise
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{path} has no tokenizer that can be read: {reason}") from error
+        raise ConfigError(f"{path} has no tokenizer that can be read: {first_line(error)}") from error
     if not tokenizer.is_fast:
         raise ConfigError(f"{path} has no tokenizer.json; convert its tokenizer to a fast one first")
     if tokenizer.chat_template == CHAT_TEMPLATE:
