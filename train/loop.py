@@ -33,8 +33,8 @@ from nmm_serve.train.distributed import (
     whole_model,
 )
 from nmm_serve.train.log import RunLog
-from nmm_serve.train.opening import BASE, open_run
 from nmm_serve.train.memory import keep_freed_memory
+from nmm_serve.train.opening import BASE, open_run
 from nmm_serve.train.optim import build_optimizer, lr_factor, set_lr
 from nmm_serve.train.parts import describe_parts, freeze
 from nmm_serve.train.resume import rng_state, save_resume, step_of
