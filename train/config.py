@@ -66,7 +66,7 @@ class StartConfig:
     decoder: str | None = None
     """A language model whose blocks are ours exactly; it brings its shape and its tokenizer."""
     encoder: str | None = None
-    """CLIP or SigLIP, whole or its image side alone; it stands in for the ViT of family late."""
+    """CLIP or SigLIP, whole or its image side alone; it stands in for the ViT of family late or late-moe."""
 
 
 @dataclass(kw_only=True)
@@ -196,15 +196,12 @@ class TrainConfig:
         given = [name for name in ("decoder", "encoder") if getattr(self.start, name) is not None]
         if given and self.init_from is not None:
             raise ConfigError(f"init_from brings a whole model, so start.{given[0]} has no place beside it; remove one")
-        if self.start.encoder is not None and self.model.family != "late":
-            raise ConfigError(f"start.encoder is an image encoder for model.family late, not {self.model.family!r}")
+        if self.start.encoder is not None and not self.model.family.startswith("late"):
+            raise ConfigError(
+                f"start.encoder is an image encoder for model.family late or late-moe, not {self.model.family!r}"
+            )
         if self.start.decoder is None:
             return
-        if self.model.family.endswith("moe"):
-            raise ConfigError(
-                f"start.decoder holds a dense model and cannot start family {self.model.family!r}; "
-                "set model.family to early or late"
-            )
         if self.tokenizer.path is not None:
             raise ConfigError("start.decoder brings its own tokenizer; remove tokenizer.path")
         if self.optimizer.lr is None:

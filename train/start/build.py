@@ -13,8 +13,8 @@ from nmm_serve.models import NMMForConditionalGeneration
 from nmm_serve.presets import preset
 from nmm_serve.processor import NMMProcessor
 from nmm_serve.tokenizer import token_ids
-from nmm_serve.train.config import TrainConfig
-from nmm_serve.train.start.decoder import decoder_fields, grow, read_decoder_config, read_decoder_weights
+from nmm_serve.train.config import ModelConfig, TrainConfig
+from nmm_serve.train.start.decoder import decoder_fields, grow, read_decoder_config, read_decoder_weights, upcycled
 from nmm_serve.train.start.encoder import read_encoder
 from nmm_serve.train.start.tokenizer import adopt_tokenizer
 
@@ -43,10 +43,12 @@ def build_started(
             "tie_word_embeddings": config.model.tie_word_embeddings,
         }
     spec = config.model
+    if spec.family.endswith("moe") or fields.get("num_experts"):
+        weights = give_experts(spec, fields, weights)
     if config.start.encoder is not None:
         fields["vision_config"], tower = read_encoder(config.start.encoder, spec.patch_size, spec.image_size)
         weights |= tower
-    elif spec.family == "late":
+    elif spec.family.startswith("late"):
         width = max(32, round(fields["hidden_size"] / 64) * 32)
         fields["vision_config"] = {"hidden_size": width, "num_hidden_layers": fields["num_hidden_layers"]}
     images = {name: getattr(spec, name) for name in ("patch_size", "image_size", "pool_image", "native_resolution")}
@@ -75,6 +77,36 @@ def start_decoder(path: str, context_length: int) -> tuple[dict[str, Any], dict[
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         weights[name] = grow(weights[name], size, new)
     return decoder_fields(theirs) | {"vocab_size": size}, weights, tokenizer
+
+
+def give_experts(
+    spec: ModelConfig, fields: dict[str, Any], weights: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Complete the fields of a model with experts. Returns the weights, a dense decoder's copied into every expert.
+
+    Copies whose weights sum to 1 are together what the dense layer was, so the decoder's answers stay; the router
+    starts at random.
+    """
+    if not spec.family.endswith("moe"):
+        raise ConfigError(
+            f"start.decoder holds a mixture of {fields['num_experts']} experts and cannot start family "
+            f"{spec.family!r}; set model.family to moe or late-moe"
+        )
+    fields["router_z_loss_coef"] = spec.router_z_loss_coef
+    if fields.get("num_experts"):
+        if spec.router != "learned":
+            raise ConfigError(f"start.decoder brings a learned router; set model.router to that, not {spec.router!r}")
+        return weights
+    fields |= {name: getattr(spec, name) for name in ("num_experts", "num_experts_per_tok", "router")}
+    if not weights or spec.router == "modality":
+        return upcycled(weights, spec.num_experts)
+    if spec.num_experts_per_tok == 1:
+        raise ConfigError(
+            "start.decoder is dense and would be copied into every expert: with model.num_experts_per_tok 1 its "
+            "answers would change, or its router would not learn; set it to 2 or more"
+        )
+    fields["norm_topk_prob"] = True
+    return upcycled(weights, spec.num_experts)
 
 
 def round_up(tokens: int) -> int:

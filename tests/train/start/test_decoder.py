@@ -2,20 +2,35 @@ import json
 
 import pytest
 import torch
-from tiny_hf import LLAMA, QWEN3, write_language_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, MistralForCausalLM
+from tiny_hf import LLAMA, QWEN3, write_encoder, write_language_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DeepseekV3Config,
+    LlamaConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from nmm_serve.errors import ConfigError
 from nmm_serve.train.config import config_from
 from nmm_serve.train.start.build import build_started
 from nmm_serve.train.start.decoder import read_decoder_config
 
-MISTRAL = (MistralConfig, MistralForCausalLM)
+MISTRAL, MIXTRAL = (MistralConfig, MistralForCausalLM), (MixtralConfig, MixtralForCausalLM)
+QWEN3_MOE = (Qwen3MoeConfig, Qwen3MoeForCausalLM)
 
 
-def started(path, **model):
+def started(path, encoder=None, **model):
     values = {
-        "start": {"decoder": str(path)}, "optimizer": {"lr": 1e-3}, "context_length": 128, "model": model,
+        "start": {"decoder": str(path), "encoder": encoder and str(encoder)},
+        "optimizer": {"lr": 1e-3}, "context_length": 128, "model": model,
         "data": {"sources": [{"kind": "builtin", "which": "text"}]},
     }  # fmt: skip
     model, processor = build_started(config_from(values), pytest.fail)
@@ -41,6 +56,59 @@ def test_logits_are_those_of_the_original(tmp_path, kind, fields):
     torch.testing.assert_close(actual[..., :290], expected[..., :290], rtol=1e-5, atol=1e-5)
     assert model.config.vocab_size == 320
     assert processor.image_token_id == model.config.image_token_id >= 290
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "family"),
+    [
+        (MIXTRAL, {"num_local_experts": 4}, "moe"),  # the best two
+        (QWEN3_MOE, {"num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": True}, "late-moe"),
+        (QWEN3_MOE, {"num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": False, "head_dim": 64}, "moe"),
+    ],
+)
+def test_logits_of_mixtures_are_those_of_the_original(tmp_path, kind, fields, family):
+    if kind is QWEN3_MOE:
+        fields = {"head_dim": 32, "moe_intermediate_size": 48} | fields
+    path = write_language_model(tmp_path / "lm", kind, **fields)
+    original = AutoModelForCausalLM.from_pretrained(path).eval()
+    model, _ = started(path, family=family)
+    assert model.config.family == family
+    ids = torch.randint(0, 290, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected, actual = original(ids, output_router_logits=True), model(ids, output_router_logits=True)
+    torch.testing.assert_close(actual.logits[..., :290], expected.logits[..., :290], rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(actual.router_logits, expected.router_logits, strict=True):
+        torch.testing.assert_close(ours, theirs.reshape(ours.shape), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "experts", [{"num_experts": 3, "num_experts_per_tok": 2}, {"num_experts": 2, "router": "modality"}]
+)
+def test_a_dense_model_whose_layers_are_copied_into_experts_says_the_same(tmp_path, experts):
+    path = write_language_model(tmp_path / "lm")
+    original = AutoModelForCausalLM.from_pretrained(path).eval()
+    model, _ = started(path, family="moe", **experts)
+    ids = torch.randint(0, 290, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits[..., :290], original(ids).logits[..., :290], rtol=1e-5, atol=1e-5)
+
+
+def test_a_mixture_takes_an_encoder_too(tmp_path):
+    mixture = write_language_model(tmp_path / "mixture", MIXTRAL, num_local_experts=4)
+    model, _ = started(mixture, write_encoder(tmp_path / "clip", "clip"), family="late-moe", image_size=32)
+    assert (model.config.family, model.config.num_experts) == ("late-moe", 4)
+    assert model.config.encoder.pretrained["model_type"] == "clip_vision_model"
+
+
+def test_experts_and_family_must_fit(tmp_path):
+    dense = write_language_model(tmp_path / "dense")
+    with pytest.raises(ConfigError, match=r"dense and would be copied.*num_experts_per_tok 1.*set it to 2 or more"):
+        started(dense, family="moe")
+    mixture = write_language_model(tmp_path / "mixture", MIXTRAL, num_local_experts=4)
+    with pytest.raises(ConfigError, match=r"mixture of 4 experts.*'early'; set model.family to moe or late-moe"):
+        started(mixture)
+    with pytest.raises(ConfigError, match="brings a learned router"):
+        started(mixture, family="moe", router="modality", num_experts=2)
 
 
 @pytest.mark.parametrize("specials", [("<s>", "</s>"), ("<|endoftext|>",)])
@@ -80,6 +148,24 @@ def test_a_nearly_matching_model_is_refused_by_the_field(tmp_path, changes, mess
         read_decoder_config(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (Qwen2MoeConfig(), "shared_expert_intermediate_size 5632"),
+        (Qwen3MoeConfig(mlp_only_layers=[0]), r"mlp_only_layers \[0\]"),
+        (Qwen3MoeConfig(decoder_sparse_step=2), "decoder_sparse_step 2"),
+        (MixtralConfig(router_jitter_noise=0.1), "router_jitter_noise 0.1"),
+        (MixtralConfig(sliding_window=4096), "sliding_window 4096"),
+        (DeepseekV3Config(), "n_shared_experts 1"),
+        (OlmoeConfig(), "model_type 'olmoe', whose blocks are not ours"),
+    ],
+)
+def test_a_nearly_matching_mixture_is_refused_by_the_field(tmp_path, config, message):
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="start.decoder: .*" + message):
+        read_decoder_config(tmp_path)
+
+
 def test_heads_that_no_engine_knows_and_long_contexts_are_refused(tmp_path):
     path = write_language_model(tmp_path / "lm", hidden_size=96)
     with pytest.raises(ConfigError, match="head_dim 48 is not supported"):
@@ -113,7 +199,6 @@ def test_weights_of_another_shape_are_refused(tmp_path):
     ("values", "message"),
     [
         ({"init_from": "ckpt"}, "init_from brings a whole model"),
-        ({"model": {"family": "moe"}}, "set model.family to early or late"),
         ({"tokenizer": {"path": "tok"}}, "remove tokenizer.path"),
         ({"optimizer": {}}, "set optimizer.lr"),
         ({"optimizer": {"lr": 1e-3, "decoder_lr_scale": -1}}, "decoder_lr_scale must be 0"),
