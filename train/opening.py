@@ -14,7 +14,7 @@ from nmm_serve.train.config import TrainConfig
 from nmm_serve.train.data.mixture import Mixture
 from nmm_serve.train.distributed import Processes, fingerprint
 from nmm_serve.train.resume import check_base, check_point, load_resume, resume_points
-from nmm_serve.train.sharded_resume import is_sharded, load_sharded, open_sharded
+from nmm_serve.train.sharded_resume import check_sharded, is_sharded, load_sharded, open_sharded
 
 BASE = "base"
 """Beside a run's checkpoints: the model that its adapters were put on."""
@@ -48,8 +48,8 @@ def open_run(config: TrainConfig, mixture: Mixture, out: Path, procs: Processes)
     """
     point = procs.from_main(lambda: next(reversed(resume_points(out / "checkpoints")), None))
     sharded = point is not None and is_sharded(point)
-    if point is not None and not sharded:
-        procs.from_main(lambda: check_point(point))
+    if point is not None:  # before anything in it is read
+        check_sharded(point, procs) if sharded else procs.from_main(lambda: check_point(point))
     base, adapted = out / BASE, has_adapters(config)
     base_hash = procs.from_main(lambda: check_base(base, point)) if adapted and point is not None else None
     if point is None:

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,8 @@ def check_point(point: Path) -> None:
             digests |= json.loads(file.read_text())
         except (OSError, ValueError, TypeError):
             raise damaged(file, point) from None
+    if unlisted(point, digests):
+        raise damaged(point / DIGESTS, point)
     for name, digest in digests.items():
         try:
             intact = sha256(point / name) == digest
@@ -122,6 +124,12 @@ def check_base(base: Path, point: Path) -> str:
             f"missing. Put it back, or delete {base.parent} to start again"
         )
     return expected
+
+
+def unlisted(point: Path, digests: Container[str]) -> list[str]:
+    """Files that a run would go on from and that have no checksum: a list of them was cut short."""
+    names = {"config.json", "training/state.json", *(str(p.relative_to(point)) for p in point.rglob("*.safetensors"))}
+    return sorted(name for name in names if name not in digests)
 
 
 def damaged(file: str | Path, point: Path) -> CheckpointError:

@@ -24,7 +24,7 @@ from nmm_serve.errors import CheckpointError
 from nmm_serve.models import NMMForConditionalGeneration
 from nmm_serve.processor import NMMProcessor
 from nmm_serve.train.distributed import Processes
-from nmm_serve.train.resume import apply_retention, damaged, sha256
+from nmm_serve.train.resume import apply_retention, damaged, sha256, unlisted
 
 SHARDS = "training/shards"
 STATE = "training/state.json"
@@ -153,11 +153,12 @@ def open_sharded(path: Path) -> tuple[NMMForConditionalGeneration, NMMProcessor]
 
 
 def load_sharded(path: Path, model, optimizer, procs: Processes, adapted: bool = False) -> dict[str, Any]:
-    """Put weights and optimiser back and return the rest of the state, whatever the number of processes that wrote it.
+    """Put weights and optimiser back and return the rest of the state, whatever the number of processes that wrote it;
+    `check_sharded` has been asked before.
 
-    Raises CheckpointError when a file is missing or was changed since it was written.
+    Raises CheckpointError when the shards are not those of this model.
     """
-    state = _check(path, procs)
+    state = json.loads((path / STATE).read_text())
     reader = HuggingFaceStorageReader(str(path / SHARDS))
     parameters = _kept(model, adapted)
     wanted: dict[str, torch.Tensor] = {}
@@ -184,14 +185,15 @@ def load_sharded(path: Path, model, optimizer, procs: Processes, adapted: bool =
     return state
 
 
-def _check(path: Path, procs: Processes) -> dict[str, Any]:
-    """Compare the checksums, each process those of its share of the files, and read the state."""
+def check_sharded(path: Path, procs: Processes) -> None:
+    """Raise CheckpointError when a file is missing or was changed since it was written. Every process must call; each
+    reads its share of the files."""
     lists = sorted(path.glob("training/sha256-*.json"))
     try:
         state = json.loads((path / STATE).read_text())
         digests = {name: digest for file in lists for name, digest in json.loads(file.read_text()).items()}
-        complete = len(lists) == state["processes"] + 1
-    except (OSError, ValueError, KeyError):
+        complete = len(lists) == state["processes"] + 1 and not unlisted(path, digests)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged JSON may be JSON of another kind
         complete = False
     bad = [] if complete else [str(path)]
     if complete:
@@ -202,4 +204,3 @@ def _check(path: Path, procs: Processes) -> dict[str, Any]:
     found = procs.merged({procs.rank: bad})
     if any(found.values()):
         procs.fail(damaged(Path(next(name for names in found.values() for name in names)), path))
-    return state

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,8 +21,8 @@ from nmm_serve.errors import CheckpointError, ConfigError, TrainingError
 from nmm_serve.train.config import ParallelConfig, load_config
 from nmm_serve.train.distributed import processes
 from nmm_serve.train.loop import Trainer, train
-from nmm_serve.train.resume import resume_points
-from nmm_serve.train.sharded_resume import HuggingFaceStorageWriter, load_sharded
+from nmm_serve.train.resume import check_point, resume_points
+from nmm_serve.train.sharded_resume import HuggingFaceStorageWriter, check_sharded, load_sharded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -185,6 +186,7 @@ def test_a_save_holds_its_own_step_and_damage_is_noticed(trainer):
     point = trainer.publish(wait=True)
 
     def load():
+        check_sharded(point, trainer.procs)
         return load_sharded(point, trainer.model, trainer.optimizer, trainer.procs)
 
     assert load()["step"] == 1
@@ -213,6 +215,19 @@ def test_a_save_that_fails_leaves_the_ones_before(trainer, tmp_path, monkeypatch
     with pytest.raises(CheckpointError, match="step-00000002 could not be written: disk full"):
         trainer.publish(wait=True)
     assert resume_points(tmp_path / "checkpoints") == [first]
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "training/state.json", "training/sha256-files.json"])
+def test_a_damaged_file_beside_the_shards_is_named_before_it_is_opened(runs, recipe, tmp_path, name):
+    out = tmp_path / "run"
+    shutil.copytree(runs / "moe-2-then-1", out)
+    shutil.rmtree(out / "final")
+    before, last = resume_points(out / "checkpoints")
+    for damage in ("", "[]", "{}", (last / name).read_text().replace("1", "2")):
+        (last / name).write_text(damage)
+        with pytest.raises(CheckpointError, match=f"Delete {last} to go on from the one before it, {before.name}"):
+            train(load_config(recipe, MOE), out)
+    check_point(before)
 
 
 def test_several_processes_need_a_strategy(recipe, tmp_path, monkeypatch):

@@ -142,6 +142,10 @@ def _flipped(file: Path) -> None:
     file.write_bytes(content)
 
 
+def _emptied(file: Path) -> None:
+    file.write_text("{}")
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
@@ -150,6 +154,7 @@ def _flipped(file: Path) -> None:
         ("training/state.json", _flipped, "is damaged"),
         ("training/state.json", Path.unlink, "is missing"),
         ("training/sha256-files.json", _truncated, "is damaged"),
+        ("training/sha256-files.json", _emptied, "is damaged"),
         ("training/sha256-files.json", Path.unlink, "is missing"),
         ("tokenizer.json", _flipped, "is damaged"),
         ("config.json", Path.unlink, "is missing"),
