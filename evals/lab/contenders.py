@@ -42,11 +42,18 @@ class Group:
 
 
 def contenders(paths: Sequence[Path]) -> tuple[Contender, ...]:
-    """Checkpoints as contenders, by the names of their folders. Raises DataError when two have one name."""
-    names = [path.resolve().name for path in paths]
-    for name in names:
-        if names.count(name) > 1:
-            raise DataError(f"two of the models are called {name!r}; rename one of the folders")
+    """Checkpoints as contenders, each by the last folder in its path that tells it from all others: `early` and `late`
+    for runs/early/final and runs/late/final. Raises DataError where a checkpoint is given twice."""
+    parts = [path.resolve().parts[::-1] for path in paths]
+    for path, found in zip(paths, parts, strict=True):
+        if parts.count(found) > 1:
+            raise DataError(f"{path} is given twice; give each checkpoint once")
+    shared = range(min(map(len, parts)))
+    names = next((found for i in shared if len(set(found := [part[i] for part in parts])) == len(parts)), None)
+    length = 1
+    while names is None:  # as for a/x, a/y and b/x
+        joined = ["-".join(part[length::-1]) for part in parts]
+        names, length = joined if len(set(joined)) == len(parts) else None, length + 1
     return tuple(Contender(name, None, path, False) for name, path in zip(names, paths, strict=True))
 
 

@@ -120,54 +120,70 @@ def parts(document: dict[str, Any]) -> str | None:
 
 
 def pareto(document: dict[str, Any], quality: Sequence[Record]) -> str | None:
-    """Scores of the compared checkpoints, found by their hash, against end-to-end time and peak memory: a colour for
-    each model, a mark for each engine, a line through the points that no other one beats in both."""
-    scores = {record["model"]["hash"]: score for record in quality if (score := _score(record)) is not None}
-    points: list[tuple[Any, ...]] = []
-    for run in document["runs"]:
-        group = next(group for group in document["groups"] if group["label"] == run["group"])
-        costs = {cost["model"]: cost for cost in run["models"]}
-        for result in _first_cell(run)["results"]:
-            (model,) = [model for model in group["models"] if model["name"] == result["model"]]
-            cost = costs.get(model["name"])
-            if model["hash"] in scores and cost is not None:
-                memory = cost["memory"]["peak_gpu_bytes"] or cost["memory"]["peak_rss_bytes"]
-                name = f"{run['group']} {model['name']}"
-                points.append((name, run["engine"], *scores[model["hash"]], result["e2e_s"].get("p50"), memory))
-    if not points:
+    """Scores of the compared checkpoints, found by their hash, against end-to-end time and peak memory: a row for each
+    kind of score, a colour for each model, a mark for each engine, a line through the points that no other one beats
+    in both."""
+    costs = _costs(document)
+    rows: dict[str, list[tuple[Any, ...]]] = {}
+    for record in quality:
+        for kind, value, interval in _scores(record):
+            for name, engine, model_hash, seconds, memory in costs:
+                if model_hash == record["model"]["hash"]:
+                    rows.setdefault(kind, []).append((name, engine, value, interval, seconds, memory))
+    if not rows:
         return None
-    names, engines = (list(dict.fromkeys(point[i] for point in points)) for i in (0, 1))
-    with drawing("latency-pareto", 9.5, 4.2, columns=2) as (drawn, panels):
-        shown = ((5, 1000, "median end-to-end latency, ms"), (6, 1e-6, "peak memory, MB"))
-        for axes, (column, scale, title) in zip(panels, shown, strict=True):
-            known = [point for point in points if point[column]]
+    names, engines = (list(dict.fromkeys(point[i] for row in rows.values() for point in row)) for i in (0, 1))
+    with drawing("latency-pareto", 9.5, 0.9 + 3.3 * len(rows), columns=2, rows=len(rows)) as (drawn, panels):
+        shown = ((4, 1000, "median end-to-end latency, ms"), (5, 1e-6, "peak memory, MB"))
+        for index, axes in enumerate(panels):
+            kind, (column, scale, title) = list(rows)[index // 2], shown[index % 2]
+            known = [point for point in rows[kind] if point[column]]
             for point in known:
-                name, engine, _, value, interval, *_ = point
+                name, engine, value, interval, *_ = point
                 low, high = span(value, interval)
                 axes.errorbar(
                     scale * point[column], value, yerr=[[low], [high]], ms=7, elinewidth=1,
                     fmt=MARKS[engines.index(engine) % len(MARKS)], color=colour(names.index(name)),
                 )  # fmt: skip
             front, best = [], float("-inf")
-            for x, y in sorted(((scale * point[column], point[3]) for point in known), key=lambda at: (at[0], -at[1])):
+            for x, y in sorted(((scale * point[column], point[2]) for point in known), key=lambda at: (at[0], -at[1])):
                 if y > best:
                     front.append((x, y))
                     best = y
             axes.step([x for x, _ in front], [y for _, y in front], where="post", color="#9aa0a8", lw=1)
             axes.set_xlabel(title)
             axes.margins(x=0.1, y=0.15)
-        panels[0].set_ylabel(" / ".join(dict.fromkeys(point[2] for point in points)))
+            if index % 2 == 0:
+                axes.set_ylabel(kind)
         _legend_of_names(drawn, names, engines)
     return drawn.svg
+
+
+def _costs(document: dict[str, Any]) -> list[tuple[str, str, str, float | None, int | None]]:
+    """(name, engine, hash, median end-to-end seconds, peak bytes) of every model and engine in its first cell."""
+    found = []
+    for run in document["runs"]:
+        group = next(group for group in document["groups"] if group["label"] == run["group"])
+        hashes = {model["name"]: model["hash"] for model in group["models"]}
+        costs = {cost["model"]: cost for cost in run["models"]}
+        for result in _first_cell(run)["results"]:
+            name = result["model"]
+            if cost := costs.get(name):
+                memory = cost["memory"]["peak_gpu_bytes"] or cost["memory"]["peak_rss_bytes"]
+                label = name if len(document["groups"]) == 1 else f"{group['label']} {name}"
+                found.append((label, run["engine"], hashes[name], result["e2e_s"].get("p50"), memory))
+    return found
 
 
 def _first_cell(run: dict[str, Any]) -> dict[str, Any]:
     return run["cells"][0] if run["cells"] else {"results": []}
 
 
-def _score(record: Record) -> tuple[str, float, Any] | None:
+def _scores(record: Record) -> list[tuple[str, float, Any]]:
+    """(kind, value, interval) of each task that a record holds and that has a score."""
     vqa, caption = record["tasks"].get("vqa", {}), record["tasks"].get("caption", {})
-    if vqa.get("accuracy") is not None:
-        return "VQA accuracy, %", vqa["accuracy"], vqa.get("interval")
-    cider = (caption.get("metrics") or {}).get("CIDEr")
-    return None if cider is None else ("CIDEr", cider, (caption.get("intervals") or {}).get("CIDEr"))
+    found = [
+        ("VQA accuracy, %", vqa.get("accuracy"), vqa.get("interval")),
+        ("CIDEr", (caption.get("metrics") or {}).get("CIDEr"), (caption.get("intervals") or {}).get("CIDEr")),
+    ]
+    return [(kind, value, interval) for kind, value, interval in found if value is not None]

@@ -124,7 +124,7 @@ class Comparison:
         exports: dict[str, float | None] = {}
 
         def start(contender: Contender) -> Worker:
-            model, exports[contender.name] = for_engine(contender.path, engine, self.folder / group.label)
+            model, exports[contender.name] = for_engine(contender, engine, self.folder / group.label)
             options = settings(engine, self.load, len(group.contenders))
             return Worker(contender.name, str(model), engine, options, files=self.files, seed=self.seed)
 
@@ -247,7 +247,7 @@ def operator_calls(worker: Worker, load: Load, number: int) -> dict[str, Any]:
 
 def ledger_row(contender: Contender, engine: str, folder: Path) -> dict[str, Any]:
     """The ledger of one checkpoint and engine, with what a short run of it measures."""
-    model, export_s = for_engine(contender.path, engine, folder)
+    model, export_s = for_engine(contender, engine, folder)
     load = Load(concurrencies=(1,), requests=1, warmup=0, output_tokens=1)
     worker = Worker(contender.name, str(model), engine, settings(engine, load, 1))
     try:
@@ -257,7 +257,7 @@ def ledger_row(contender: Contender, engine: str, folder: Path) -> dict[str, Any
     return costs.pop("ledger") | {name: value for name, value in costs.items() if name != "settings"}
 
 
-def for_engine(checkpoint: Path, engine: str, folder: Path) -> tuple[Path, float | None]:
+def for_engine(contender: Contender, engine: str, folder: Path) -> tuple[Path, float | None]:
     """The directory that an engine opens: for ONNX Runtime an export, and the seconds it took.
 
     Raises EngineError for an engine that cannot be compared in a process of its own.
@@ -265,11 +265,11 @@ def for_engine(checkpoint: Path, engine: str, folder: Path) -> tuple[Path, float
     if engine not in ENGINES:
         raise EngineError(f"engine {engine!r} is not started from a checkpoint; compare {', '.join(ENGINES)}")
     if engine != "onnx":
-        return checkpoint, None
+        return contender.path, None
     from nmm_serve.onnx.export import export
 
-    out = folder / f"{checkpoint.resolve().name}-onnx"
+    out = folder / f"{contender.name}-onnx"
     out.parent.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
-    export(checkpoint, out)
+    export(contender.path, out)
     return out, time.perf_counter() - begin

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -238,8 +239,21 @@ def test_models_with_other_image_tokens_are_refused(checkpoints, tmp_path):
     other = make_checkpoint(tmp_path / "other", image_size=32)
     with pytest.raises(DataError, match="image size"):
         contenders.check_equal(contenders.contenders([checkpoints[0], other]))
-    with pytest.raises(DataError, match="two of the models"):
+    with pytest.raises(DataError, match="given twice"):
         contenders.contenders([checkpoints[0], checkpoints[0]])
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["a/early", "a/late"], ["early", "late"]),
+        (["runs/early/sft/final", "runs/late/sft/final"], ["early", "late"]),
+        (["runs/early/final", "runs/late/step-10"], ["final", "step-10"]),
+        (["a/x", "a/y", "b/x"], ["a-x", "a-y", "b-x"]),
+    ],
+)
+def test_models_are_named_by_what_tells_them_apart(paths, names):
+    assert [c.name for c in contenders.contenders([Path("/runs", path) for path in paths])] == names
 
 
 def test_a_comparison_of_two_checkpoints(checkpoints, tmp_path):
@@ -278,11 +292,14 @@ def test_a_comparison_of_two_checkpoints(checkpoints, tmp_path):
     assert late["graphs"]["nodes"]["image"] > early["graphs"]["nodes"]["image"]
     assert late["knobs"]["model_fields"] > early["knobs"]["model_fields"]
     assert late["family_lines"] > early["family_lines"] == 0
-    quality = {
-        "model": {"hash": found["groups"][0]["models"][1]["hash"]},
-        "tasks": {"vqa": {"accuracy": 50.0, "interval": None}},
-    }
-    page = write_page(found, [quality], tmp_path / "page")
+    late_model = {"hash": found["groups"][0]["models"][1]["hash"]}
+    quality = [
+        {"model": late_model, "tasks": {"vqa": {"accuracy": 50.0, "interval": None}}},
+        {"model": late_model, "tasks": {"caption": {"metrics": {"CIDEr": 0.5}}}},
+    ]
+    page = write_page(found, quality, tmp_path / "page")
+    drawn = (page.parent / "pareto.svg").read_text()
+    assert "VQA accuracy" in drawn and "CIDEr" in drawn
     assert sorted(path.name for path in page.parent.iterdir()) == [
         "latency.md", "pareto.svg", "parts.svg", "ratios.svg", "training.svg",
     ]  # fmt: skip
