@@ -299,7 +299,8 @@ def test_a_comparison_of_two_checkpoints(checkpoints, tmp_path):
     ]
     page = write_page(found, quality, tmp_path / "page")
     drawn = (page.parent / "pareto.svg").read_text()
-    assert "VQA accuracy" in drawn and "CIDEr" in drawn
+    assert "VQA accuracy" in drawn
+    assert "CIDEr" in drawn
     assert sorted(path.name for path in page.parent.iterdir()) == [
         "latency.md", "pareto.svg", "parts.svg", "ratios.svg", "training.svg",
     ]  # fmt: skip
