@@ -77,8 +77,8 @@ def flag_names(flags: Sequence[str]) -> list[str]:
 
 
 def eager(options: ServerOptions) -> bool:
-    """Whether to run without torch.compile: on a CPU it costs a minute at each start, needs a C++ compiler, and gains
-    little. Any of vLLM's flags about it turns it on."""
+    """Whether to run without torch.compile: on a CPU it costs a minute at each start, and needs a C++ compiler. Any of
+    vLLM's flags about it turns it on, for decoder and ViT alike."""
     return not on_gpu() and not {"compilation-config", "O", "cc", "no-enforce-eager"} & set(flag_names(options.extra))
 
 

@@ -24,7 +24,8 @@ COMPARISON_DEFINITIONS = {
     "round": "every model in turn gets the same requests, one wave of `concurrency` of them",
     "lower_latency": "1 - 1 / ratio of medians: by how much the baseline's latency is lower than the model's",
     "better_training": "ratio of medians of step_s - 1: how many more samples the baseline trains on in the same time",
-    "startup_s": "from starting the engine's process to its being ready for requests, Python's own start included",
+    "startup_s": "from starting the engine's process to its being ready for requests, Python's own start and what "
+    "it compiles included; the compilers' caches are empty",
     "flops": f"matrix products of one forward pass over one full-size image and {TEXT_TOKENS} tokens of text",
     "random_weights": "the weights are random and every answer has a forced length: times and memory do not hang on "
     "what a model has learned, quality does",

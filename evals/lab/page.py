@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nmm_serve.errors import DataError
 from nmm_serve.evals.lab import plots
 from nmm_serve.evals.lab.document import failed
 from nmm_serve.evals.lab.tables import Table, all_tables
@@ -11,7 +12,23 @@ from nmm_serve.evals.records import Record, write_text
 
 
 def write_page(document: dict[str, Any], quality: Sequence[Record], folder: Path) -> Path:
-    """Write tables and plots; returns the page. `quality`: vqa or caption records of the compared models, by hash."""
+    """Write tables and plots; returns the page. `quality`: vqa or caption records of the compared models, by hash.
+
+    Raises DataError for a record of quality that says nothing of the compared models.
+    """
+    compared = {model["hash"]: model["name"] for group in document["groups"] for model in group["models"]}
+    for record in quality:
+        model = record["model"]
+        if model["hash"] not in compared:
+            raise DataError(
+                f"the quality record of {model['name']} is of checkpoint {model['hash']}, which is none of the "
+                f"compared ones: {', '.join(f'{name} {digest}' for digest, name in compared.items())}"
+            )
+        if not plots.scores(record):
+            raise DataError(
+                f"the quality record of {model['name']} has neither VQA accuracy nor CIDEr; give one of `nmm-eval vqa` "
+                "or `nmm-eval caption`"
+            )
     drawn = {
         "ratios": ("Ratios to the first model, with paired intervals", plots.ratios(document)),
         "training": ("Training steps, with paired intervals", plots.training(document)),

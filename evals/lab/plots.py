@@ -126,7 +126,7 @@ def pareto(document: dict[str, Any], quality: Sequence[Record]) -> str | None:
     costs = _costs(document)
     rows: dict[str, list[tuple[Any, ...]]] = {}
     for record in quality:
-        for kind, value, interval in _scores(record):
+        for kind, value, interval in scores(record):
             for name, engine, model_hash, seconds, memory in costs:
                 if model_hash == record["model"]["hash"]:
                     rows.setdefault(kind, []).append((name, engine, value, interval, seconds, memory))
@@ -179,7 +179,7 @@ def _first_cell(run: dict[str, Any]) -> dict[str, Any]:
     return run["cells"][0] if run["cells"] else {"results": []}
 
 
-def _scores(record: Record) -> list[tuple[str, float, Any]]:
+def scores(record: Record) -> list[tuple[str, float, Any]]:
     """(kind, value, interval) of each task that a record holds and that has a score."""
     vqa, caption = record["tasks"].get("vqa", {}), record["tasks"].get("caption", {})
     found = [

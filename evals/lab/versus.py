@@ -35,7 +35,12 @@ def settings(engine: str, load: Load, models: int) -> dict[str, Any]:
     at_once = max(load.concurrencies)
     if engine != "vllm":
         return {"batch_size": at_once} | ({"compile_encoder": True} if engine == "torch" else {})
-    options = {"max_num_seqs": at_once, "prefix_caching": False, "image_cache": False, "enforce_eager": False}
+    options: dict[str, Any] = {
+        "max_num_seqs": at_once,
+        "prefix_caching": False,
+        "image_cache": False,
+        "enforce_eager": False,
+    }
     if on_gpu():
         options["compilation_config"] = {"cudagraph_mm_encoder": True}
         options["gpu_memory_utilization"] = 0.9 / (models + 1)  # one more, whose operators are counted

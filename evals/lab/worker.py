@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from nmm_serve.engines.base import Engine, Output
@@ -56,6 +57,9 @@ def _run(pipe: Connection, model: str, name: str, options: dict[str, Any], files
     from nmm_serve.evals.lab.workload import set_resolution
 
     with ExitStack() as stack:
+        # what a start costs must not hang on what was compiled before
+        caches = stack.enter_context(TemporaryDirectory(ignore_cleanup_errors=True))
+        os.environ |= {"VLLM_CACHE_ROOT": caches, "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor"}
 
         def open_() -> tuple[dict[str, Any], Callable[..., Any]]:
             engine = open_engine(model, name, **options)

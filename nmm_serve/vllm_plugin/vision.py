@@ -8,7 +8,7 @@ Legend: P patches of all images, D width, H heads, C head size, I images.
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ class EncoderAttention(Attention):
         super().__init__(config, config.num_attention_heads, layer_idx)
         self.attn = MMEncoderAttention(num_heads=self.num_heads, head_size=self.head_dim)
 
-    def forward(self, x_PD, images: Segments):
+    def forward(self, x_PD, images: Segments):  # type: ignore[override]  # an encoder layer's, and no other's
         q, k, v = self.qkv_proj(x_PD).view(-1, 3, self.num_heads, self.head_dim).unbind(1)
         out_PHC = self.attn(self.q_norm(q)[None], self.k_norm(k)[None], v[None], *images)[0]
         return self.o_proj(out_PHC.reshape(x_PD.shape))
@@ -82,7 +82,8 @@ class NMMVisionEncoder(nn.Module):
     @property
     def attention_backend(self) -> AttentionBackendEnum:
         """What vLLM has chosen for this device and type."""
-        return self.body.layers[0].self_attn.attn.attn_backend
+        first: Any = self.body.layers[0]
+        return first.self_attn.attn.attn_backend
 
     def forward(self, x_PD: torch.Tensor, grid_I2: torch.Tensor) -> torch.Tensor:
         return self.body(x_PD, *segments(grid_I2.prod(-1).tolist(), x_PD.device))

@@ -256,6 +256,16 @@ def test_models_are_named_by_what_tells_them_apart(paths, names):
     assert [c.name for c in contenders.contenders([Path("/runs", path) for path in paths])] == names
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+def test_encoders_are_compiled_in_a_comparison(gpu, monkeypatch):
+    monkeypatch.setattr(versus, "on_gpu", lambda: gpu)
+    load = Load(concurrencies=(4,), requests=1, warmup=0, output_tokens=1)
+    assert versus.settings("torch", load, 3)["compile_encoder"]
+    vllm = versus.settings("vllm", load, 3)
+    assert vllm["enforce_eager"] is False
+    assert vllm.get("compilation_config") == ({"cudagraph_mm_encoder": True} if gpu else None)
+
+
 def test_a_comparison_of_two_checkpoints(checkpoints, tmp_path):
     """Two real engines in processes of their own; the document is JSON and makes a page."""
     out = tmp_path / "r.json"
@@ -287,12 +297,13 @@ def test_a_comparison_of_two_checkpoints(checkpoints, tmp_path):
         assert cost["memory"]["peak_rss_bytes"] > 0
         assert cost["artefact"]["weights_bytes"] < cost["artefact"]["bytes"]
         assert cost["ledger"]["operator_calls"]["prefill"] is None
+        assert cost["ledger"]["compiled"] == []
         assert cost["ledger"]["graphs"]["count"] == 2
     early, late = (cost["ledger"] for cost in run["models"])
     assert late["graphs"]["nodes"]["image"] > early["graphs"]["nodes"]["image"]
     assert late["knobs"]["model_fields"] > early["knobs"]["model_fields"]
     assert late["family_lines"] > early["family_lines"] == 0
-    late_model = {"hash": found["groups"][0]["models"][1]["hash"]}
+    late_model = {"hash": found["groups"][0]["models"][1]["hash"], "name": "late"}
     quality = [
         {"model": late_model, "tasks": {"vqa": {"accuracy": 50.0, "interval": None}}},
         {"model": late_model, "tasks": {"caption": {"metrics": {"CIDEr": 0.5}}}},
@@ -305,6 +316,10 @@ def test_a_comparison_of_two_checkpoints(checkpoints, tmp_path):
         "latency.md", "pareto.svg", "parts.svg", "ratios.svg", "training.svg",
     ]  # fmt: skip
     assert "resolution 32" in page.read_text()
+    with pytest.raises(DataError, match="is of checkpoint abc, which is none of the compared ones: early"):
+        write_page(found, [quality[0] | {"model": {"hash": "abc", "name": "x"}}], tmp_path / "page")
+    with pytest.raises(DataError, match="neither VQA accuracy nor CIDEr"):
+        write_page(found, [quality[0] | {"tasks": {}}], tmp_path / "page")
     resumed = CliRunner().invoke(
         main, [*arguments, *quick, "--sweep", "resolution=32,64", "--slo", "ttft=60000", "--resume"]
     )
