@@ -56,7 +56,13 @@ def fit(records: Path, as_json: bool, output: Path | None, bootstraps: int, seed
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the sweep.")
 @click.option("--estimate", "only_estimate", is_flag=True, help="Say what it will cost, and stop.")
 @click.option("--ray", metavar="ADDRESS", help="Train on a Ray cluster that shares OUT; 'auto' finds a running one.")
-@click.option("--gpu-share", type=click.FloatRange(0), default=1.0, show_default=True, help="GPUs a run, with --ray.")
+@click.option(
+    "--gpu-share",
+    type=click.FloatRange(0),
+    default=1.0,
+    show_default=True,
+    help="GPUs a run, with --ray; 0 without GPUs.",
+)
 def sweep(plan: str, out: Path, only_estimate: bool, ray: str | None, gpu_share: float) -> None:
     """Train every run of PLAN, a shipped plan's name or a YAML file, into OUT; write OUT/records.jsonl for `fit`.
 

@@ -50,6 +50,11 @@ class Processes:
         """Whether this is the process that logs, shows and publishes."""
         return self.rank == 0
 
+    @property
+    def shards(self) -> bool:
+        """Whether each process holds a part of the model only."""
+        return self.strategy == "fsdp" and self.count > 1
+
     def from_main(self, work: Callable[[], T]) -> T:
         """What `work` returns in the main process, in every process. When it raises there, all of them end; the main
         process alone says why."""
@@ -203,10 +208,28 @@ def spread(model: NMMForConditionalGeneration, procs: Processes, dtype: torch.dt
         if dtype != torch.float32
         else MixedPrecisionPolicy()
     )
+    whole = {name: p.detach() for name, p in model.named_parameters()} if procs.main else {}
     for block in blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)  # in place
+    if procs.shards:
+        hand_out(model, whole, procs)
     return model
+
+
+@torch.no_grad()
+def hand_out(model: nn.Module, whole: Mapping[str, torch.Tensor], procs: Processes) -> None:
+    """Give every process its shards of the main process's parameters, one parameter after the other, and its buffers.
+
+    So only one process of all has held the whole model, and each starts from the values of a run by itself.
+    """
+    if not procs.main:
+        model.to_empty(device=procs.device)
+    for name, parameter in model.named_parameters():
+        full = whole[name] if procs.main else torch.empty(parameter.shape, dtype=parameter.dtype)
+        parameter.copy_(sharded_like(full, parameter))
+    for buffer in model.buffers():
+        dist.broadcast(buffer, src=0)
 
 
 def accumulating(forward: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:

@@ -1,10 +1,14 @@
 """What a run begins with: a fresh model, or that of its last resume checkpoint; with adapters, the base they are on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nmm_serve.checkpoint import checkpoint_hash, load_model, load_processor, save_checkpoint
+from nmm_serve.config import NMMConfig
 from nmm_serve.image_processor import takes_raw_pixels
 from nmm_serve.models import NMMForConditionalGeneration
 from nmm_serve.processor import NMMProcessor
@@ -22,7 +26,8 @@ BASE = "base"
 
 @dataclass
 class Opening:
-    """A model on the CPU, whole in every process; what was trained of it is still to be loaded, by `load`."""
+    """A model on the CPU: whole in every process, or, where it will be sharded, in the main one alone (the others have
+    one without values, until `spread` gives each its shards). What was trained of it is loaded by `load`, later."""
 
     model: NMMForConditionalGeneration
     processor: NMMProcessor
@@ -52,18 +57,40 @@ def open_run(config: TrainConfig, mixture: Mixture, out: Path, procs: Processes)
         check_sharded(point, procs) if sharded else procs.from_main(lambda: check_point(point))
     base, adapted = out / BASE, has_adapters(config)
     base_hash = procs.from_main(lambda: check_base(base, point)) if adapted and point is not None else None
-    if point is None:
-        model, processor = build(config, mixture)
-    elif adapted:  # resume checkpoints hold the merged model
-        model, processor = load_model(base), load_processor(base)
-    else:
-        model, processor = open_sharded(point) if sharded else (load_model(point), load_processor(point))
+
+    def from_files() -> tuple[NMMForConditionalGeneration, NMMProcessor]:
+        if point is None:
+            return build(config, mixture)
+        if adapted:  # resume checkpoints hold the merged model
+            return load_model(base), load_processor(base)
+        return open_sharded(point) if sharded else (load_model(point), load_processor(point))
+
+    model, processor = _in_main(from_files, procs) if procs.shards else from_files()
     processor.image_processor.raw_pixels = takes_raw_pixels(procs.device)
     if adapted and point is None:
         told = {"name": f"{config.name}, before training"}
         procs.from_main(lambda: save_checkpoint(base, model, processor, told))
         base_hash = procs.from_main(lambda: checkpoint_hash(base))
     adapters = Adapters(model, config, processor.token_id(SOFT_TOKEN), base) if adapted else None
-    if point is None:
+    if point is None and not procs.shards:
         procs.check_same("tokenizer and fresh weights", lambda: fingerprint(model, processor))
     return Opening(model, processor, adapters, base_hash, point)
+
+
+def _in_main(
+    from_files: Callable[[], tuple[NMMForConditionalGeneration, NMMProcessor]], procs: Processes
+) -> tuple[NMMForConditionalGeneration, NMMProcessor]:
+    """Build the model in the main process; the others get one of the same shape that takes no memory."""
+    built: list[NMMForConditionalGeneration] = []
+
+    def build_here() -> tuple[NMMConfig, NMMProcessor]:
+        model, processor = from_files()
+        built.append(model)
+        return model.config, processor
+
+    model_config, processor = procs.from_main(build_here)
+    torch.set_rng_state(procs.from_main(torch.get_rng_state))  # it was drawn from there alone
+    if built:
+        return built[0], processor
+    with torch.device("meta"):
+        return NMMForConditionalGeneration(model_config), processor

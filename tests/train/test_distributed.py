@@ -165,6 +165,13 @@ def test_each_process_writes_half_of_the_numbers(runs):
     assert [expert.shape[0] for expert in experts] == [4, 4], "of 8 experts each process holds 4"
 
 
+@pytest.mark.parametrize("name", ["moe-fsdp", "late-fsdp", "moe-2-then-1", "early-ddp"])
+def test_one_process_alone_builds_a_model_that_will_be_sharded(runs, name):
+    held = [int((runs / name / f"held-{rank}").read_text()) for rank in (0, 1)]
+    whole = read_run(runs / name / "final")["params"]["total"]
+    assert held == ([whole, whole] if name.endswith("ddp") else [whole, 0])
+
+
 @pytest.fixture
 def trainer(recipe, tmp_path, monkeypatch):
     """One process that saves as several do."""
