@@ -48,8 +48,8 @@ def contenders(paths: Sequence[Path]) -> tuple[Contender, ...]:
     for path, found in zip(paths, parts, strict=True):
         if parts.count(found) > 1:
             raise DataError(f"{path} is given twice; give each checkpoint once")
-    shared = range(min(map(len, parts)))
-    names = next((found for i in shared if len(set(found := [part[i] for part in parts])) == len(parts)), None)
+    levels = ([part[i] for part in parts] for i in range(min(map(len, parts))))
+    names = next((level for level in levels if len(set(level)) == len(parts)), None)
     length = 1
     while names is None:  # as for a/x, a/y and b/x
         joined = ["-".join(part[length::-1]) for part in parts]

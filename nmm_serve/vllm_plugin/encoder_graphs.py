@@ -90,7 +90,8 @@ class EncoderGraphs(SupportsEncoderCudaGraph):
         return EncoderCudaGraphReplayBuffers({"x_PD": x_PD, "cu_seqlens": cu_seqlens})
 
     def encoder_cudagraph_forward(self, inputs: dict[str, torch.Tensor], path: str = "default") -> torch.Tensor:
-        return self.connector(self.vision.body(**inputs))
+        x_PD = self.vision.body(inputs["x_PD"], inputs["cu_seqlens"], inputs["max_seqlen"])
+        return self.connector(x_PD)
 
     def encoder_eager_forward(self, mm_kwargs: dict[str, Any], path: str = "default") -> torch.Tensor:
         """All images without a graph: [P, D], or [I, D] where they are pooled."""
