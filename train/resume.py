@@ -117,13 +117,18 @@ def check_point(point: Path) -> None:
 
 def check_base(base: Path, point: Path) -> str:
     """The hash of the model that adapters were put on. Raises CheckpointError unless it is what it was."""
-    expected: str = json.loads((point / "training/state.json").read_text())["base"]
+    expected = json.loads((point / "training/state.json").read_text()).get("base")
+    if expected is None:
+        raise CheckpointError(
+            f"{point} does not say which model its adapters were put on: an earlier version of nmm-train wrote it. "
+            f"Delete {point.parent.parent} to start again"
+        )
     if checkpoint_hash(base) != expected:
         raise CheckpointError(
             f"{base} is not the model that the adapters in {point} were trained on: a file of it is damaged or "
             f"missing. Put it back, or delete {base.parent} to start again"
         )
-    return expected
+    return str(expected)
 
 
 def unlisted(point: Path, digests: Container[str]) -> list[str]:

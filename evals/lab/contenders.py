@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +44,15 @@ class Group:
 
 def contenders(paths: Sequence[Path]) -> tuple[Contender, ...]:
     """Checkpoints as contenders, each by the last folder in its path that tells it from all others: `early` and `late`
-    for runs/early/final and runs/late/final. Raises DataError where a checkpoint is given twice."""
-    parts = [path.resolve().parts[::-1] for path in paths]
+    for runs/early/final and runs/late/final; where no single one does (a/x, a/y, b/x), by as many as it takes. Raises
+    DataError where a checkpoint is given twice."""
+    parts = [path.resolve().parts[:0:-1] for path in paths]
     for path, found in zip(paths, parts, strict=True):
         if parts.count(found) > 1:
             raise DataError(f"{path} is given twice; give each checkpoint once")
-    levels = ([part[i] for part in parts] for i in range(min(map(len, parts))))
-    names = next((level for level in levels if len(set(level)) == len(parts)), None)
-    length = 1
-    while names is None:  # as for a/x, a/y and b/x
-        joined = ["-".join(part[length::-1]) for part in parts]
-        names, length = joined if len(set(joined)) == len(parts) else None, length + 1
+    one = ([folders[i] for folders in parts] for i in range(min(map(len, parts))))
+    several = (["/".join(folders[i::-1]) for folders in parts] for i in range(max(map(len, parts))))
+    names = next(names for names in chain(one, several) if len(set(names)) == len(parts))
     return tuple(Contender(name, None, path, False) for name, path in zip(names, paths, strict=True))
 
 

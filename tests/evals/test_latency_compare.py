@@ -249,7 +249,8 @@ def test_models_with_other_image_tokens_are_refused(checkpoints, tmp_path):
         (["a/early", "a/late"], ["early", "late"]),
         (["runs/early/sft/final", "runs/late/sft/final"], ["early", "late"]),
         (["runs/early/final", "runs/late/step-10"], ["final", "step-10"]),
-        (["a/x", "a/y", "b/x"], ["a-x", "a-y", "b-x"]),
+        (["a/x", "a/y", "b/x"], ["a/x", "a/y", "b/x"]),
+        (["a-b/x", "a/b-x", "a/x"], ["a-b/x", "a/b-x", "a/x"]),
     ],
 )
 def test_models_are_named_by_what_tells_them_apart(paths, names):

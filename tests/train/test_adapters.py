@@ -12,7 +12,7 @@ from nmm_serve.checkpoint import load_model, load_processor, read_run
 from nmm_serve.errors import CheckpointError, ConfigError
 from nmm_serve.train.config import config_from, load_config
 from nmm_serve.train.loop import Trainer, train
-from nmm_serve.train.resume import resume_points
+from nmm_serve.train.resume import check_base, resume_points
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -126,6 +126,10 @@ def test_a_run_does_not_go_on_from_another_base(config, run, tmp_path):
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match=f"{out}/base is not the model that the adapters in .*step-00000002"):
         train(config, out)
+    point = out / "checkpoints/step-00000002"
+    (point / "training/state.json").write_text('{"step": 2}')  # as once written
+    with pytest.raises(CheckpointError, match="does not say which model its adapters were put on"):
+        check_base(out / "base", point)
 
 
 def test_a_language_model_that_stays_learns_from_one_projection_and_one_token(tmp_path):
