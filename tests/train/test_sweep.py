@@ -58,6 +58,12 @@ def test_plan_expands_to_trunks_and_branches(tmp_path):
     assert [source["name"] for source in words.config.data.sources] == ["text"]
 
 
+def test_a_size_may_have_budgets_of_its_own(tmp_path):
+    plan = load_plan(write_plan(tmp_path / "p.yaml", sizes={"atto": {"tokens": 12800}, "nano": {}}))
+    budgets = {(run.size, run.config.steps) for run in expand(plan) if run.trunk is not None}
+    assert budgets == {("atto", 20), ("nano", 5), ("nano", 10)}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -68,6 +74,9 @@ def test_plan_expands_to_trunks_and_branches(tmp_path):
         ({"tokens": ["many"]}, "tokens must be numbers"),
         ({"tokens": [-1]}, "tokens must be positive"),
         ({"tokens": [640]}, "do not fit"),
+        ({"sizes": {"atto": {"tokens": ["few"]}}}, "sizes: atto: tokens must be numbers"),
+        ({"sizes": {"atto": {"tokens": 0}}}, "sizes: atto: tokens must be positive"),
+        ({"sizes": {"atto": {"tokens": []}}}, "sizes: atto: tokens must be positive"),
         ({"seeds": [0.5]}, "seeds"),
         ({"cooldown": 1.5}, "cooldown"),
         ({"workers": 0}, "workers"),
@@ -127,6 +136,8 @@ def test_a_finished_sweep_is_left_alone_and_another_plan_refused(swept, tmp_path
     base = merged(PLAN["base"], {"log_every": 2})
     with pytest.raises(ConfigError, match="another base"):
         Sweep(load_plan(write_plan(tmp_path / "q.yaml", base=base)), swept)
+    with pytest.raises(ConfigError, match="another size atto"):
+        Sweep(load_plan(write_plan(tmp_path / "r.yaml", sizes={"atto": {"tokens": 12800}})), swept)
 
 
 def test_a_failed_run_is_tried_again_and_then_named(tmp_path):

@@ -9,7 +9,7 @@ import difflib
 import itertools
 import math
 import typing
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ class Plan:
     families: dict[str, Values]
     """Family -> keys of the training configuration that differ for it."""
     sizes: dict[str, Values]
-    """Label -> keys; a label that is a preset needs none. `only` limits a size to some families."""
+    """Label -> keys; a label that is a preset needs none. `only` limits a size to some families, and `tokens` gives it
+    budgets of its own, as isoFLOP curves need."""
     tokens: list[float]
     """Budgets, in tokens (positions of packed rows)."""
     mixtures: dict[str, dict[str, float]]
@@ -111,21 +112,29 @@ def _lists(values: Values, source: str) -> Values:
             given = dict.fromkeys(map(str, given))
         if not isinstance(given, dict) or not all(isinstance(v or {}, dict) for v in given.values()):
             raise ConfigError(f"{source}: {key} must be a list of names or a mapping of names to keys, not {given!r}")
-        read[key] = {str(name): changes or {} for name, changes in given.items()}
-    tokens = values["tokens"] if isinstance(values["tokens"], list) else [values["tokens"]]
-    try:
-        read["tokens"] = sorted({float(t) for t in tokens})
-    except (TypeError, ValueError):
-        raise ConfigError(f"{source}: tokens must be numbers, not {tokens!r}") from None
+        read[key] = {str(name): dict(changes or {}) for name, changes in given.items()}
+    for label, changes in read["sizes"].items():
+        if "tokens" in changes:
+            changes["tokens"] = _budgets(changes["tokens"], f"{source}: sizes: {label}")
+    read["tokens"] = _budgets(values["tokens"], source)
     return read
+
+
+def _budgets(given: Any, where: str) -> list[float]:
+    tokens = given if isinstance(given, list) else [given]
+    try:
+        budgets = sorted({float(t) for t in tokens})
+    except (TypeError, ValueError):
+        raise ConfigError(f"{where}: tokens must be numbers, not {tokens!r}") from None
+    if not budgets or not all(math.isfinite(t) and t > 0 for t in budgets):
+        raise ConfigError(f"{where}: tokens must be positive, not {tokens}")
+    return budgets
 
 
 def _check(plan: Plan, source: str) -> None:
     for family in plan.families:
         if family not in FAMILIES:
             raise ConfigError(f"{source}: {unknown_name('family', family, FAMILIES)}")
-    if not all(math.isfinite(t) and t > 0 for t in plan.tokens):
-        raise ConfigError(f"{source}: tokens must be positive, not {plan.tokens}")
     if not isinstance(plan.seeds, list) or not all(type(s) is int and s >= 0 for s in plan.seeds) or not plan.seeds:
         raise ConfigError(f"{source}: seeds must be a list of whole numbers, not {plan.seeds!r}")
     if not isinstance(plan.cooldown, float | int) or not 0 < plan.cooldown < 1:
@@ -148,6 +157,7 @@ def expand(plan: Plan, tokenizer: str | None = None) -> list[Run]:
         changes = dict(of_size)
         if family not in changes.pop("only", plan.families):
             continue
+        tokens = changes.pop("tokens", plan.tokens)
         if "preset" not in changes.get("model", {}):
             preset(size)  # an unknown name ends here, before anything is trained
             changes = merged({"model": {"preset": size}}, changes)
@@ -157,7 +167,8 @@ def expand(plan: Plan, tokenizer: str | None = None) -> list[Run]:
         if weights:
             values = merged(values, {"data": {"sources": _weighted(values, mixture, weights)}})
         parts = (family, size, mixture, f"s{seed}" if len(plan.seeds) > 1 else "")
-        runs += _trunk_and_branches(plan, "-".join(filter(None, parts)), family, size, mixture, seed, values)
+        budgeted = replace(plan, tokens=tokens)
+        runs += _trunk_and_branches(budgeted, "-".join(filter(None, parts)), family, size, mixture, seed, values)
     if not runs:
         raise ConfigError("the plan leaves no run: `only` of the sizes excludes every family")
     return runs

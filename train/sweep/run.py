@@ -55,6 +55,8 @@ class Sweep:
         if path.is_file():
             old = read_yaml(path)
             changed = [key for key, value in shared.items() if old.get(key) != value]
+            sizes = self.plan.sizes
+            changed += [f"size {s}" for s, keys in old.get("sizes", {}).items() if s in sizes and sizes[s] != keys]
             if changed:
                 raise ConfigError(
                     f"{self.out} holds a sweep with another {' and '.join(changed)}; use the same plan to go on, "
