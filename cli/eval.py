@@ -1,14 +1,15 @@
 """nmm-eval: evaluate a checkpoint or a running server, and set the records side by side."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from nmm_serve.cli.compare import compare
-from nmm_serve.cli.errors import Group, ItemsFailed
+from nmm_serve.cli.contamination import contamination
+from nmm_serve.cli.errors import Group
 from nmm_serve.cli.latency import (
     compare_latency,
     comparison_options,
@@ -19,11 +20,12 @@ from nmm_serve.cli.latency import (
     split_options,
 )  # fmt: skip
 from nmm_serve.cli.onnx_speed import onnx_speed
+from nmm_serve.cli.records import file_name, raise_failures
 from nmm_serve.cli.render import note, print_json, print_table, progress_bars, quiet_stdout
+from nmm_serve.cli.routing import routing, routing_of
 from nmm_serve.cli.score import score
 
 _FILE = click.Path(path_type=Path)
-_SHOWN_FAILURES = 5
 
 
 @click.group(cls=Group)
@@ -32,6 +34,8 @@ def main() -> None:
 
 
 main.add_command(score)
+main.add_command(routing)
+main.add_command(contamination)
 main.add_command(compare)
 main.add_command(onnx_speed)
 main.add_command(ledger)
@@ -141,101 +145,6 @@ def latency(**options: Any) -> None:
 
 
 @main.command()
-@click.option("--model", help="Checkpoint directory of a mixture-of-experts model.")
-@click.option("--name", help="How tables call the model. Default: the directory's name.")
-@click.option(
-    "--data",
-    type=_FILE,
-    help="Folder as for vqa, a training configuration (.yaml), or .jsonl, .txt, .parquet or .tar files.",
-)
-@click.option("--split", default="val", show_default=True, help="Which split of a --data folder.")
-@click.option("--log", type=_FILE, help="A run's folder or log.jsonl, in place of --model and --data.")
-@click.option("--limit", type=click.IntRange(1), help="Only the first N documents of each source; not final then.")
-@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Documents at once.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the bootstrap.")
-@click.option("-o", "--output", type=_FILE, help="Where the record goes. Default: NAME-routing.json here.")
-@click.option("--json", "as_json", is_flag=True, help="Print the record, and nothing else, on stdout.")
-def routing(**options: Any) -> None:
-    """Which experts image and text tokens go to, layer by layer: specialisation and load balance."""
-    from nmm_serve.evals import routing as task
-    from nmm_serve.evals.records import blank_record, check_place, new_record, no_checkpoint, write_record
-
-    model, log, name = options["model"], options["log"], options["name"]
-    if (log is None) == (model is None) or (model is None) != (options["data"] is None):
-        raise click.UsageError("give --model with --data, or --log")
-    out = options["output"] or Path(f"{_file_name(name or model or str(log))}-routing.json")
-    check_place(out)
-    if log is not None:
-        label = name or (log if log.is_dir() else log.parent).resolve().name
-        about = no_checkpoint(label, str(log), "measured from a training log")
-        record = blank_record(about, {"name": "training log"}, seed=options["seed"])
-        record["tasks"]["routing"] = task.from_log(log)
-    else:
-        task.check_sparse(model)
-        readings, total = _readings(options["data"], options["split"], options["limit"])
-        with quiet_stdout(), progress_bars() as bars, _torch_engine(model) as engine:
-            bar = bars.add_task("routing", total=len(readings))
-            record = new_record(engine, name=name, seed=options["seed"])
-            record["tasks"]["routing"] = task.measure(
-                engine, readings, total=total, seed=options["seed"], batch_size=options["batch_size"],
-                progress=lambda count: bars.advance(bar, count),
-            )  # fmt: skip
-        record["final"] = record["tasks"]["routing"]["complete"]
-    write_record(record, (), out)
-    if options["as_json"]:
-        print_json(record)
-    else:
-        _print_routing(record)
-    note(f"Record written to {out}")
-    _raise_failures(record, out)
-
-
-@main.command()
-@click.option(
-    "--train",
-    type=_FILE,
-    multiple=True,
-    required=True,
-    help="Training data: a folder as for vqa, a training configuration (.yaml), or files; give it several times.",
-)
-@click.option("--train-split", default="train", show_default=True, help="Which split of a --train folder.")
-@click.option("--data", type=_FILE, required=True, help="The evaluation set, in any of these forms.")
-@click.option("--split", default="val", show_default=True, help="Which split of a --data folder.")
-@click.option("-o", "--output", type=_FILE, help="Where the record goes. Default: DATA-SPLIT-contamination.json here.")
-@click.option("--json", "as_json", is_flag=True, help="Print the record, and nothing else, on stdout.")
-def contamination(**options: Any) -> None:
-    """Look for an evaluation set in training data: same images, nearly the same, 13 same words in a row."""
-    from nmm_serve.evals.contamination import check
-    from nmm_serve.evals.records import blank_record, check_place, no_checkpoint, write_record
-    from nmm_serve.evals.table import contamination_table
-    from nmm_serve.train.data.paths import readings, sources_at
-
-    data, split = options["data"], options["split"]
-    label = f"{data.resolve().name} {split}"
-    out = options["output"] or Path(f"{_file_name(label)}-contamination.json")
-    check_place(out)
-    train = [source for path in options["train"] for source in sources_at(path, options["train_split"])]
-    evaluation = sources_at(data, split)
-    with progress_bars() as bars:
-        bar = bars.add_task("contamination", total=sum(map(len, (*train, *evaluation))))
-        section, items = check(
-            readings(train), readings(evaluation), progress=lambda count: bars.advance(bar, count)
-        )  # fmt: skip
-    about = no_checkpoint(label, str(data), "data was checked, no model")
-    record = blank_record(about, {"name": "none"}, seed=0)
-    record["tasks"]["contamination"] = section
-    write_record(record, items, out)
-    if options["as_json"]:
-        print_json(record)
-    else:
-        print_table(f"{label} against {', '.join(map(str, options['train']))}", *contamination_table(record))
-        for item in section["examples"]:
-            note(f"{item['kind']}: {item['evaluation']} is {', '.join(item['train'])} ({item['train_count']} in all)")
-    note(f"Record written to {out}")
-    _raise_failures(record, out)
-
-
-@main.command()
 @_any_evaluation
 @click.option(
     "--tasks",
@@ -328,7 +237,7 @@ def _evaluate(tasks: tuple[str, ...], options: dict[str, Any]) -> None:
             slo=options["slo"],
         )
     label = "all" if len(tasks) > 1 else tasks[0]
-    out = options["output"] or Path(f"{_file_name(name or model)}-{label}.json")
+    out = options["output"] or Path(f"{file_name(name or model)}-{label}.json")
     plan = Options(
         tasks=tasks, files=files, out=out, name=name, limit=options["limit"], seed=options["seed"], load=load,
         at_once=options["batch_size"], text=_text_options(options),
@@ -340,7 +249,7 @@ def _evaluate(tasks: tuple[str, ...], options: dict[str, Any]) -> None:
             bar = bars.add_task(task, total=total)
             return lambda count: bars.advance(bar, count)
 
-        measured = {"routing": _routing_of(model, plan, start_task)} if "routing" in tasks else {}
+        measured = {"routing": routing_of(model, plan, start_task)} if "routing" in tasks else {}
         begin = time.perf_counter()
         engine = open_for(plan, model, options["engine"])
         startup_s = time.perf_counter() - begin
@@ -358,58 +267,7 @@ def _evaluate(tasks: tuple[str, ...], options: dict[str, Any]) -> None:
             kept = f"{section['answers_reused']:,} of {asked:,} answers were kept from an earlier run"
             note(f"{task}: {kept}; delete {out.parent / FOLDER} to ask again")
     note(f"Record written to {out}")
-    _raise_failures(record, out)
-
-
-def _raise_failures(record: dict[str, Any], out: Path) -> None:
-    from nmm_serve.evals.run import failures
-
-    failed = failures(record)
-    if failed:
-        more = f"\n  and {len(failed) - _SHOWN_FAILURES} more, all in {out}" if len(failed) > _SHOWN_FAILURES else ""
-        shown = "\n  ".join(failed[:_SHOWN_FAILURES])
-        raise ItemsFailed(f"items or tasks failed, so these tasks have no score:\n  {shown}{more}")
-
-
-def _readings(data: Path, split: str, limit: int | None) -> tuple[list[Any], int]:
-    """Documents of `data` that have not been read yet, and how many there are without the limit."""
-    from nmm_serve.train.data.paths import sources_at
-
-    return _limited(sources_at(data, split), limit)
-
-
-def _limited(sources: Sequence[Any], limit: int | None) -> tuple[list[Any], int]:
-    from nmm_serve.train.data.paths import readings
-
-    return list(readings(sources, limit=limit)), sum(map(len, sources))
-
-
-def _routing_of(model: str, plan: Any, start_task: Callable[[str, int], Callable[[int], None]]) -> dict[str, Any]:
-    """Routing over the data of the other tasks, by torch, which is closed again before another engine opens."""
-    from nmm_serve.evals.routing import measure
-    from nmm_serve.train.data.paths import sources_of
-
-    files = plan.files
-    named = {name: getattr(files, name) for name in ("images", "captions", "questions", "annotations")}
-    readings, total = _limited(sources_of(**named), plan.limit)
-    with _torch_engine(model) as engine:
-        progress = start_task("routing", len(readings))
-        return measure(engine, readings, total=total, seed=plan.seed, progress=progress)
-
-
-def _torch_engine(model: str) -> Any:
-    from nmm_serve.engines.torch import TorchEngine
-
-    return TorchEngine(model)
-
-
-def _print_routing(record: dict[str, Any]) -> None:
-    from nmm_serve.evals.table import remarks, routing_table
-
-    columns, rows, caption = routing_table(record)
-    print_table(record["model"]["name"], columns, rows, caption)
-    for line in remarks([record]):
-        note(line)
+    raise_failures(record, out)
 
 
 def _text_options(options: dict[str, Any]) -> Any:
@@ -428,15 +286,6 @@ def _text_options(options: dict[str, Any]) -> Any:
         output_dir=options["output_dir"],
         log_samples=options["log_samples"],
     )
-
-
-def _file_name(model: str) -> str:
-    last = (
-        model.rstrip("/").rpartition("/")[2]
-        if model.startswith(("http://", "https://"))
-        else Path(model).resolve().name
-    )
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in last) or "model"
 
 
 def _print_comparison(records: list[dict[str, Any]], as_json: bool) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from nmm_serve.cli.errors import Command
+from nmm_serve.cli.records import cell, keep
 from nmm_serve.cli.render import note, print_json, print_table, progress_bars, quiet_stdout
 
 _FILE = click.Path(path_type=Path)
@@ -36,11 +37,10 @@ def onnx_speed(preset: str, folder: Path | None, output: Path | None, as_json: b
     nmm-eval onnx-speed --preset large -o speed.json
     nmm-eval onnx-speed --preset base --family early --family moe -o experts.json
     """
-    import json
     import tempfile
 
     from nmm_serve.evals.onnx_speed import measure
-    from nmm_serve.evals.records import blank_record, check_place, no_checkpoint, write_text
+    from nmm_serve.evals.records import blank_record, check_place, no_checkpoint
 
     if output is not None:
         check_place(output)
@@ -51,23 +51,13 @@ def onnx_speed(preset: str, folder: Path | None, output: Path | None, as_json: b
     model = no_checkpoint(None, preset, "weights are random")
     record = blank_record(model, {"name": "onnx", "threads": section["threads"]}, seed=0)
     record["tasks"] = {"onnx_speed": section}
-    if output is not None:
-        write_text(output, json.dumps(record, indent=2, allow_nan=False) + "\n")
-        note(f"Record written to {output}")
+    keep(record, output)
     if as_json:
         print_json(record)
         return
     names = ("prefill_tokens_per_s", "prefill_x_torch", "decode_tokens_per_s", "decode_x_torch", "bandwidth_share",
              "x_dense")  # fmt: skip
-    rows = [[row["family"], row["variant"], *(_cell(row[name]) for name in names)] for row in section["variants"]]
+    rows = [[row["family"], row["variant"], *(cell(row[name]) for name in names)] for row in section["variants"]]
     heads = ["family", "variant", "prefill tok/s", "x torch", "decode tok/s", "x torch", "of bandwidth", "x dense"]
     print_table(f"{preset}, {section['threads']} threads", heads, rows)
-    note(f"reading: {_cell(section['read_gib_per_s'])} GiB/s")
-
-
-def _cell(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return "-"
-    interval = found["interval"]
-    around = f" [{interval['low']:.3g}, {interval['high']:.3g}]" if interval else ""
-    return f"{found['value']:.3g}{around}"
+    note(f"reading: {cell(section['read_gib_per_s'])} GiB/s")

@@ -6,7 +6,8 @@ from typing import Any
 import click
 
 from nmm_serve.cli.errors import Command
-from nmm_serve.cli.render import note, print_json, print_table, progress_bars, quiet_stdout
+from nmm_serve.cli.records import cell, keep
+from nmm_serve.cli.render import print_json, print_table, progress_bars, quiet_stdout
 
 _FILE = click.Path(path_type=Path)
 _COUNT = click.IntRange(1)
@@ -38,11 +39,9 @@ def speed(
       nmm-train speed --preset large --variant dense --variant hf_padded --variant hf_packed
       nmm-train speed --rows 8 --variant dense --variant moe
     """
-    import json
-
     import torch
 
-    from nmm_serve.evals.records import blank_record, check_place, no_checkpoint, write_text
+    from nmm_serve.evals.records import blank_record, check_place, no_checkpoint
     from nmm_serve.train.speed import measure
 
     if output is not None:
@@ -53,9 +52,7 @@ def speed(
         section = measure(preset, variants, threads=threads, progress=lambda n: bars.advance(bar, n), **options)
     record = blank_record(no_checkpoint(None, preset, "weights are random"), {"name": "train"}, seed=0)
     record["tasks"] = {"train_speed": section}
-    if output is not None:
-        write_text(output, json.dumps(record, indent=2, allow_nan=False) + "\n")
-        note(f"Record written to {output}")
+    keep(record, output)
     if as_json:
         print_json(record)
         return
@@ -67,10 +64,10 @@ def speed(
                 row["variant"],
                 f"{row['parameters'] / 1e6:.1f}M",
                 f"{row['active'] / 1e6:.1f}M",
-                _cell(row["seconds"]),
-                _cell(row["tokens_per_s"]),
+                cell(row["seconds"]),
+                cell(row["tokens_per_s"]),
                 f"{sum(row['padding']) / (sum(row['padding']) + sum(row['tokens'])):.0%}",
-                _cell(row["gemm_share"]),
+                cell(row["gemm_share"]),
                 "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / GIB:.2f}",
             ]
             for row in section["variants"]
@@ -80,13 +77,7 @@ def speed(
         "",
         ["comparison", "value", "bar", "reached"],
         [
-            [row["name"], _cell(row), row["bar"] or "-", {None: "-", True: "yes", False: "no"}[row["reached"]]]
+            [row["name"], cell(row), row["bar"] or "-", {None: "-", True: "yes", False: "no"}[row["reached"]]]
             for row in section["comparisons"]
         ],
     )
-
-
-def _cell(found: dict[str, Any]) -> str:
-    interval = found["interval"]
-    around = f" [{interval['low']:.3g}, {interval['high']:.3g}]" if interval else ""
-    return f"{found['value']:.3g}{around}"

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from nmm_serve.engines.base import Output, Progress, Request, SamplingParams, Score, ScoreRequest, Timing
+from nmm_serve.engines.base import Output, Progress, Request, SamplingParams, Score, ScoreRequest
 from nmm_serve.engines.occupancy import Occupancy
+from nmm_serve.engines.openai_answer import Answer, retry_after, server_message
 from nmm_serve.engines.openai_messages import as_json, with_images
 from nmm_serve.engines.server_load import EVERY_S, GAUGES, ServerLoad
 from nmm_serve.errors import ConfigError, EngineError, ImageError, PromptError, unknown_name
@@ -395,53 +395,6 @@ class NotFound(EngineError):
     """404: no such path, or no such model."""
 
 
-@dataclass
-class Answer:
-    """One streamed answer on its way."""
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    token_s: list[float] = field(default_factory=list)
-    finish_reason: str | None = None
-    usage: Any = None
-
-    def add(self, chunk: Any, now: float) -> None:
-        self.usage = getattr(chunk, "usage", None) or self.usage
-        if not chunk.choices:
-            return
-        choice = chunk.choices[0]
-        piece = (choice.delta.content if hasattr(choice, "delta") else choice.text) or ""
-        ids = getattr(choice, "token_ids", None) or []
-        self.text += piece
-        self.token_ids += ids
-        self.token_s += [now] * (len(ids) or bool(piece))
-        self.logprobs += chosen_logprobs(choice.logprobs)
-        self.finish_reason = choice.finish_reason or self.finish_reason
-
-    def output(self, e2e_s: float) -> Output:
-        if self.finish_reason not in ("stop", "length"):
-            return Output(text="", finish_reason="error", error=f"the server ended with {self.finish_reason!r}")
-        return Output(
-            text=self.text,
-            token_ids=tuple(self.token_ids),
-            finish_reason=self.finish_reason,
-            num_prompt_tokens=self.usage.prompt_tokens if self.usage else 0,
-            num_tokens=self.usage.completion_tokens if self.usage else len(self.token_s),
-            logprobs=tuple(self.logprobs) or None,
-            timing=Timing(ttft_s=self.token_s[0] if self.token_s else None, e2e_s=e2e_s, token_s=tuple(self.token_s)),
-        )
-
-
-def chosen_logprobs(logprobs: Any) -> list[float]:
-    """Chat answers carry a list of entries, completions parallel lists."""
-    if logprobs is None:
-        return []
-    if getattr(logprobs, "content", None):
-        return [entry.logprob for entry in logprobs.content]
-    return list(getattr(logprobs, "token_logprobs", None) or [])
-
-
 def base_url(url: str) -> str:
     """`http://host:8000` means `http://host:8000/v1`; a URL with a path is taken as it is."""
     parts = urlsplit(url)
@@ -450,19 +403,3 @@ def base_url(url: str) -> str:
     if parts.username or parts.password:
         raise ConfigError("a URL with a password in it would end up in records; use the API key instead")
     return url.rstrip("/") + ("/v1" if parts.path in ("", "/") else "")
-
-
-def server_message(error: Any) -> str:
-    """The first line of what the server says went wrong."""
-    body = getattr(error, "body", None)
-    message = body.get("message") if isinstance(body, dict) else None
-    lines = str(message or getattr(error, "message", "") or error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
-
-
-def retry_after(error: Any) -> float | None:
-    """Seconds that the server asks to wait; None when it does not say, or gives a date."""
-    try:
-        return max(0.0, float(error.response.headers["retry-after"]))
-    except (KeyError, ValueError):
-        return None
