@@ -136,6 +136,10 @@ def test_a_finished_sweep_is_left_alone_and_another_plan_refused(swept, tmp_path
     base = merged(PLAN["base"], {"log_every": 2})
     with pytest.raises(ConfigError, match="another base"):
         Sweep(load_plan(write_plan(tmp_path / "q.yaml", base=base)), swept)
+    more = {run.name for run in expand(load_plan(write_plan(tmp_path / "s.yaml", seeds=[0, 1])))}
+    assert more >= {run.name for run in expand(load_plan(write_plan(tmp_path / "p.yaml")))}, "added, not renamed"
+    with pytest.raises(ConfigError, match="another first seed"):
+        Sweep(load_plan(write_plan(tmp_path / "t.yaml", seeds=[1, 0])), swept)
     with pytest.raises(ConfigError, match="another size atto"):
         Sweep(load_plan(write_plan(tmp_path / "r.yaml", sizes={"atto": {"tokens": 12800}})), swept)
 

@@ -166,7 +166,8 @@ def expand(plan: Plan, tokenizer: str | None = None) -> list[Run]:
             values = merged(values, {"tokenizer": {"path": tokenizer}})
         if weights:
             values = merged(values, {"data": {"sources": _weighted(values, mixture, weights)}})
-        parts = (family, size, mixture, f"s{seed}" if len(plan.seeds) > 1 else "")
+        # the first seed goes without saying, so that others may be added to a sweep later
+        parts = (family, size, mixture, f"s{seed}" if seed != plan.seeds[0] else "")
         budgeted = replace(plan, tokens=tokens)
         runs += _trunk_and_branches(budgeted, "-".join(filter(None, parts)), family, size, mixture, seed, values)
     if not runs:

@@ -51,10 +51,12 @@ class Sweep:
     def _keep_plan(self) -> None:
         """A folder belongs to one training set-up; sizes, families, mixtures and seeds may be added to it later."""
         path = self.out / "plan.yaml"
+        first = self.plan.seeds[0]  # its runs are named without it
         shared = {"base": self.plan.base, "cooldown": self.plan.cooldown, "tokens": self.plan.tokens}
         if path.is_file():
             old = read_yaml(path)
             changed = [key for key, value in shared.items() if old.get(key) != value]
+            changed += ["first seed"] if old.get("seeds", [first])[0] != first else []
             sizes = self.plan.sizes
             changed += [f"size {s}" for s, keys in old.get("sizes", {}).items() if s in sizes and sizes[s] != keys]
             if changed:
