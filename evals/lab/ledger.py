@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import io
+import pkgutil
 import tokenize
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,10 @@ from nmm_serve.errors import NMMError
 
 SOURCES = {
     "torch": ("nmm_serve.engines.torch", "nmm_serve.engines.decoding"),
-    "vllm": (
-        "nmm_serve.engines.vllm", "nmm_serve.engines.vllm_tasks", "nmm_serve.vllm_plugin",
-        "nmm_serve.vllm_plugin.cpu_prefix_attn", "nmm_serve.vllm_plugin.encoder_graphs", "nmm_serve.vllm_plugin.model",
-        "nmm_serve.vllm_plugin.moe_choice", "nmm_serve.vllm_plugin.processing", "nmm_serve.vllm_plugin.renderer",
-        "nmm_serve.vllm_plugin.scheduler", "nmm_serve.vllm_plugin.settings", "nmm_serve.vllm_plugin.vision",
-    ),
-    "onnx": (
-        "nmm_serve.engines.onnx", "nmm_serve.engines.decoding", "nmm_serve.onnx.check", "nmm_serve.onnx.decoder",
-        "nmm_serve.onnx.export", "nmm_serve.onnx.graph", "nmm_serve.onnx.image", "nmm_serve.onnx.manifest",
-        "nmm_serve.onnx.moe", "nmm_serve.onnx.quantize", "nmm_serve.onnx.runtime",
-    ),
-}  # fmt: skip
-"""The modules that make an engine serve our models: adapter, plugin, exporter."""
+    "vllm": ("nmm_serve.engines.vllm", "nmm_serve.engines.vllm_tasks", "nmm_serve.vllm_plugin"),
+    "onnx": ("nmm_serve.engines.onnx", "nmm_serve.engines.decoding", "nmm_serve.onnx"),
+}
+"""The modules, and packages with all of theirs, that make an engine serve our models: adapter, plugin, exporter."""
 LATE_ONLY = {
     "torch": (
         ("nmm_serve.models.vision", "VisionEncoder"), ("nmm_serve.models.blocks", "EncoderLayer"),
@@ -76,7 +68,6 @@ def entry(
     Raises ConfigError for an engine that serves no checkpoint.
     """
     config = load_config(checkpoint)
-    modules = SOURCES[engine]
     definitions: tuple[tuple[str, str | None], ...] = ()
     if config.encoder is not None:
         definitions += LATE_ONLY[engine]
@@ -91,7 +82,7 @@ def entry(
         "operator_calls": operator_calls,
         "caches": caches(engine, config),
         "knobs": knobs(engine, config),
-        "code_lines": sum(code_lines(module) for module in modules),
+        "code_lines": sum(code_lines(module) for name in SOURCES[engine] for module in modules(name)),
         "family_lines": sum(code_lines(module, name) for module, name in definitions),
     }
 
@@ -137,6 +128,13 @@ def knobs(engine: str, config: NMMConfig) -> dict[str, Any]:
 
 def _own_fields(cls: type) -> list[str]:
     return [name for name in cls.__annotations__ if not name.startswith("_")]
+
+
+def modules(name: str) -> list[str]:
+    """A module by itself, or a package with its modules."""
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    return [name, *(f"{name}.{found.name}" for found in pkgutil.iter_modules(spec.submodule_search_locations or ()))]
 
 
 def code_lines(module: str, name: str | None = None) -> int:

@@ -223,6 +223,16 @@ def test_code_lines_leave_out_what_is_no_code(tmp_path, monkeypatch):
     assert ledger.code_lines("counted_by_ledger", "f") == 3
 
 
+def test_a_package_counts_with_all_its_modules(tmp_path, monkeypatch):
+    package = tmp_path / "package_of_ledger"
+    package.mkdir()
+    for name in ("__init__", "one", "other"):
+        (package / f"{name}.py").write_text("X = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert sum(map(ledger.code_lines, ledger.modules("package_of_ledger"))) == 3
+    assert ledger.modules("package_of_ledger.one") == ["package_of_ledger.one"]
+
+
 @pytest.mark.parametrize("engine", sorted(ledger.SOURCES))
 def test_late_fusion_and_experts_need_code_of_their_own(engine):
     for definitions in (ledger.LATE_ONLY, ledger.MOE_ONLY):
