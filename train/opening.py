@@ -43,7 +43,7 @@ class Opening:
             return {}
         if is_sharded(self.point):
             return load_sharded(self.point, self.model, optimizer, procs, adapted=self.adapters is not None)
-        return load_resume(self.point, self.model, optimizer)
+        return load_resume(self.point, self.model, optimizer, procs)
 
 
 def open_run(config: TrainConfig, mixture: Mixture, out: Path, procs: Processes) -> Opening:

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 from nmm_serve.checkpoint import WEIGHTS, atomic_directory, checkpoint_hash, write_checkpoint
 from nmm_serve.errors import CheckpointError
 from nmm_serve.train.adapters import Adapters, trained_tensors
-from nmm_serve.train.distributed import sharded_like
+from nmm_serve.train.distributed import Processes, sharded_like
 
 STEP = re.compile(r"step-(\d{8})")
 TRAINED = "training/trained.safetensors"
@@ -144,23 +146,31 @@ def damaged(file: str | Path, point: Path) -> CheckpointError:
     return CheckpointError(f"{file} {what}. Delete {point} to go on from {then}.")
 
 
-def load_resume(path: Path, model, optimizer) -> dict[str, Any]:
-    """Put weights and optimiser back and return the rest of the state; `check_point` has been asked before."""
+def load_resume(path: Path, model, optimizer, procs: Processes) -> dict[str, Any]:
+    """Put weights and optimiser back and return the rest of the state; `check_point` has been asked before. Tensors are
+    read one by one, those of a sharded model by the main process alone."""
+
+    def read(file, name: str, like: torch.Tensor) -> torch.Tensor:
+        handed_out = isinstance(like, DTensor) and not procs.main
+        return sharded_like(torch.empty(like.shape, dtype=like.dtype) if handed_out else file.get_tensor(name), like)
+
     state = json.loads((path / "training/state.json").read_text())
     own = model.state_dict()
-    if (path / TRAINED).is_file():
-        weights = load_file(path / TRAINED)  # the rest is as the run began
-    else:
-        weights = load_file(path / WEIGHTS)
-        if model.config.tie_word_embeddings:
-            weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-        weights = {name: weights[name] for name in own}
-    model.load_state_dict({name: sharded_like(value, own[name]) for name, value in weights.items()}, strict=False)
-    tensors = load_file(path / "training/optimizer.safetensors")
+    adapted = (path / TRAINED).is_file()  # the rest is as the run began
+    tied = model.config.tie_word_embeddings and not adapted
+    shared = {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
+    with safe_open(path / (TRAINED if adapted else WEIGHTS), framework="pt") as file:
+        names = file.keys() if adapted else list(own)
+        weights = {name: read(file, shared.get(name, name), own[name]) for name in names}
+    model.load_state_dict(weights, strict=False)
     parameters = dict(model.named_parameters())
-    for key, tensor in tensors.items():
-        kind, name = key.split("/", 1)
-        optimizer.state[parameters[name]][kind] = tensor if kind == "step" else sharded_like(tensor, parameters[name])
+    with safe_open(path / "training/optimizer.safetensors", framework="pt") as file:
+        keys = file.keys()
+        for key in keys:
+            kind, name = key.split("/", 1)
+            parameter = parameters[name]
+            value = file.get_tensor(key) if kind == "step" else read(file, key, parameter.detach())
+            optimizer.state[parameter][kind] = value
     torch.set_rng_state(torch.tensor(state["torch_rng"], dtype=torch.uint8))
     return state
 

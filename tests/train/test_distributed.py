@@ -83,11 +83,11 @@ def runs(recipe, tmp_path_factory) -> Path:
     cases: list[tuple[str, list[str], int]] = [
         ("early-ddp", [*EARLY, DDP], 0),
         ("moe-fsdp", [*MOE, FSDP, RECOMPUTE], 0),
-        ("moe-1-then-2", [*MOE, DDP], 0),
+        ("moe-1-then-2", [*MOE, FSDP], 0),
         ("moe-2-then-1", [*MOE, FSDP], STOP),
         ("late-fsdp", [*LATE, FSDP], 0),
         ("lora-ddp", [*lora, DDP], 0),
-        ("lora-1-then-2", [*lora, FSDP, RECOMPUTE], 0),
+        ("lora-1-then-2", [*lora, DDP, RECOMPUTE], 0),
         ("lora-2-then-1", [*lora, FSDP], STOP),
     ]
     text = json.dumps([(str(folder / name), options, stop) for name, options, stop in cases])
@@ -165,7 +165,7 @@ def test_each_process_writes_half_of_the_numbers(runs):
     assert [expert.shape[0] for expert in experts] == [4, 4], "of 8 experts each process holds 4"
 
 
-@pytest.mark.parametrize("name", ["moe-fsdp", "late-fsdp", "moe-2-then-1", "early-ddp"])
+@pytest.mark.parametrize("name", ["moe-fsdp", "late-fsdp", "moe-1-then-2", "moe-2-then-1", "early-ddp"])
 def test_one_process_alone_builds_a_model_that_will_be_sharded(runs, name):
     held = [int((runs / name / f"held-{rank}").read_text()) for rank in (0, 1)]
     whole = read_run(runs / name / "final")["params"]["total"]
