@@ -11,6 +11,7 @@ import pytest
 from eval_fakes import FakeEngine, failed, image_tag, oracle, says, write_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_checkpoint import empty_checkpoint
 
 pytest.importorskip("pycocoevalcap", reason="needs the extra `evals`")
 
@@ -165,12 +166,7 @@ def test_a_line_that_is_no_answer_is_passed_over(tmp_path, line):
 @pytest.fixture
 def run(tmp_path):
     files = find_files(write_dataset(tmp_path / "data"), "val")
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text('{"model_type": "nmm"}')
-    (model / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
-    for name in ("tokenizer.json", "processor_config.json"):
-        (model / name).write_text("{}")
+    model = empty_checkpoint(tmp_path / "model")
 
     def run(answer, folder="out", **options):
         asked = []

@@ -13,7 +13,7 @@ from PIL import Image
 pytest.importorskip("lm_eval", reason="needs the extra `evals`")
 
 from text_fakes import KnownEngine, coin, instance, write_task
-from tiny_checkpoint import make_checkpoint
+from tiny_checkpoint import empty_checkpoint, make_checkpoint
 
 from nmm_serve.engines.base import Request, SamplingParams, Score, ScoreRequest
 from nmm_serve.errors import EngineError, PromptError
@@ -122,12 +122,7 @@ class Breaks(KnownEngine):
 
 @pytest.fixture
 def run(tmp_path):
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text('{"model_type": "nmm"}')
-    (model / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
-    for name in ("tokenizer.json", "processor_config.json"):
-        (model / name).write_text("{}")
+    model = empty_checkpoint(tmp_path / "model")
     mine = write_task(tmp_path / "mine", "choose", DOCS)
     write_task(
         mine, "say", DOCS, output_type="generate_until", doc_to_target="{{choices[0]}}", doc_to_choice=None,

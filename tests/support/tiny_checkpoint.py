@@ -29,3 +29,13 @@ def make_checkpoint(path: Path, **config) -> Path:
     processor = NMMProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
     save_checkpoint(path, model, processor, {"tokens": 1000, "loss": 2.5})
     return path
+
+
+def empty_checkpoint(folder: Path) -> Path:
+    """The files of a checkpoint and nothing in them: enough to be named in a record."""
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "nmm"}')
+    (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    for name in ("tokenizer.json", "processor_config.json"):
+        (folder / name).write_text("{}")
+    return folder
