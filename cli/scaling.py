@@ -310,9 +310,12 @@ def _print_fits(document: dict[str, Any]) -> None:
     print_table("L = E + A/N^alpha + B/D^beta", titles, rows, "95 % intervals; MAE and R2 on runs the fit did not see")
     for warning in document["warnings"]:
         note(f"warning: {warning}")
+    said: dict[tuple[str, str], list[str]] = {}  # what holds for several targets of a family is said once
     for fit in document["fits"]:
         for warning in fit["warnings"]:
-            note(f"warning: {fit['family']}, {fit['target']}: {warning}")
+            said.setdefault((fit["family"], warning), []).append(fit["target"])
+    for (family, warning), targets in said.items():
+        note(f"warning: {family}, {', '.join(targets)}: {warning}")
 
 
 def _with_interval(value: float | None, interval: list[float] | None) -> str:

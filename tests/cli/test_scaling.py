@@ -24,11 +24,13 @@ def test_fit_prints_one_json_document(tmp_path):
 
 
 def test_fit_prints_a_table_and_warnings(tmp_path):
-    path = write_records(tmp_path / "r.jsonl", lines(grid(SIZES[:2], BUDGETS, SMALL, 0.005)))
-    run = CliRunner().invoke(main, ["fit", str(path), "--bootstraps", "20"])
+    drawn = map(json.loads, lines(grid(SIZES[:2], BUDGETS, SMALL, 0.005)))
+    records = [json.dumps(record | {"losses": {"text": record["loss"]}}) for record in drawn]
+    run = CliRunner().invoke(main, ["fit", str(write_records(tmp_path / "r.jsonl", records)), "--bootstraps", "20"])
     assert run.exit_code == 0, run.output
     assert "early, loss" in run.stdout
-    assert "2 model sizes" in run.stderr
+    (sizes,) = [line for line in run.stderr.splitlines() if "2 model sizes" in line]
+    assert sizes.startswith("warning: early, loss, text: "), "of both targets, and said once"
 
 
 @pytest.mark.parametrize("text", ['{"family": "early"}\n', ""])
