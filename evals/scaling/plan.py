@@ -29,7 +29,9 @@ DEFINITIONS = {
     "hours": "FLOPs / (devices x peak x utilisation); utilisation (MFU) is an assumption, not a measurement",
     "training_bytes": "18 bytes a parameter, experts included, spread over all devices; activations come on top",
     "weights_bytes": "bf16 weights, experts included: what serving needs before its cache",
-    "n_params_total": "MoE: the paper's shape (24 layers, vocabulary 50432, 8 experts a layer) at that active size",
+    "n_params_total": "the active size times the share of the runs that were fitted, between their sizes by its "
+    "logarithm, beyond them as at the last; where they do not tell: the active size, and for MoE the paper's shape "
+    "(24 layers, vocabulary 50432, 8 experts a layer) at it",
     "multiplier": "compute that the other family needs for the same loss, over this budget; null at or under its E",
     "intervals": "95 %, percentiles over the fit's resamples",
 }
@@ -55,6 +57,14 @@ class Coefficients:
     """ln A, alpha, ln B, beta, ln E of each resample; None where the source tells no joint uncertainty."""
     warnings: list[str]
     flops_range: tuple[float, float] | None
+    sizes_S2: Array | None = None
+    """Active and all parameters of each size that was fitted; None where the source does not tell."""
+
+    def all_params(self, active: float) -> float:
+        if self.sizes_S2 is not None:
+            active_S, all_S = self.sizes_S2.T
+            return active * float(np.interp(math.log(active), np.log(active_S), all_S / active_S))
+        return paper_moe_params(active) if self.family.endswith("moe") else active
 
 
 def hardware(name: str) -> Hardware:
@@ -113,8 +123,8 @@ def families(document: dict[str, Any], source: str) -> dict[str, Coefficients]:
             found[str(fit["family"])] = _coefficients(fit, Law(**values))
         except (TypeError, ValueError, AttributeError, LookupError):
             raise DataError(
-                f"{source}: {fit['family']}: cost, resampled, range or warnings are not as `nmm-train fit -o` writes "
-                "them; leave them out or write the file again"
+                f"{source}: {fit['family']}: cost, all_params, resampled, range or warnings are not as `nmm-train fit "
+                "-o` writes them; leave them out or write the file again"
             ) from None
     if not found:
         raise DataError(f"{source} holds no fit of a mean loss")
@@ -124,6 +134,7 @@ def families(document: dict[str, Any], source: str) -> dict[str, Coefficients]:
 def _coefficients(fit: dict[str, Any], law: Law) -> Coefficients:
     resampled, reach = fit.get("resampled"), fit.get("range", {}).get("flops")
     columns = {k: np.array(resampled[k], float) for k in _RESAMPLED} if resampled else None
+    sizes = fit.get("all_params")
     return Coefficients(
         family=str(fit["family"]),
         law=law,
@@ -131,6 +142,7 @@ def _coefficients(fit: dict[str, Any], law: Law) -> Coefficients:
         resampled=columns,
         warnings=[str(warning) for warning in fit.get("warnings", [])],
         flops_range=(float(reach[0]), float(reach[1])) if reach else None,
+        sizes_S2=np.array(sizes, float).reshape(-1, 2) if sizes else None,
     )
 
 
@@ -170,7 +182,7 @@ def make_plan(
 def budget(known: Coefficients, flops: float, device: Hardware, devices: int, utilisation: float) -> dict[str, Any]:
     """Optimal size, tokens, loss and cost of one family."""
     n, d = (float(v) for v in known.law.optimum(flops, known.cost))
-    total = total_params(n) if known.family.endswith("moe") else n
+    total = known.all_params(n)
     warnings = list(known.warnings)
     if known.flops_range is not None and not known.flops_range[0] <= flops <= known.flops_range[1]:
         low, high = known.flops_range
@@ -221,7 +233,7 @@ def _multiplier(known: Coefficients, other: Coefficients, flops: float) -> float
     return needed / flops if math.isfinite(needed) and needed < 1e60 else None
 
 
-def total_params(active: float, experts: int = EXPERTS) -> float:
+def paper_moe_params(active: float, experts: int = EXPERTS) -> float:
     """All parameters of the paper's MoE of so many active ones: N = 24 (4 d^2 + 3 d h) + 2 V d with h = 8 d / 3."""
     square, linear = _LAYERS * 12.0, 2.0 * _VOCABULARY
     width = (-linear + math.sqrt(linear**2 + 4 * square * active)) / (2 * square)

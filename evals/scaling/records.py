@@ -64,6 +64,15 @@ def as_runs(records: Sequence[SweepRecord], target: str) -> Runs:
     return Runs(*columns.T)
 
 
+def all_params(records: Sequence[SweepRecord]) -> list[list[float]] | None:
+    """[active, all] parameters of each size, ascending; None where a record tells no `n_params_total`."""
+    if not all("n_params_total" in r.values for r in records):
+        return None
+    return sorted(
+        [active, total] for active, total in {r.n_params: float(r.values["n_params_total"]) for r in records}.items()
+    )
+
+
 def load_records(path: Path) -> Records:
     """Read a JSON Lines file. Raises DataError naming the line of the first fault."""
     try:
@@ -102,6 +111,8 @@ def parse_records(lines: Iterable[str], source: str) -> Records:
         else:
             flops = _positive(values, "flops", where)
         _check_sparsity(values, where)
+        if "n_params_total" in values:
+            _positive(values, "n_params_total", where)
         runs.append(SweepRecord(number, family, n_params, tokens, flops, _losses(values, where), values))
     if not runs:
         raise DataError(f"{source} holds no records; expected one JSON object a line")

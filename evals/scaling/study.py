@@ -13,7 +13,7 @@ from nmm_serve.evals.scaling.frontier import frontier, law_exponent
 from nmm_serve.evals.scaling.held_out import errors, held_out_error, largest_size_error
 from nmm_serve.evals.scaling.law import Cost, regressed_exponents
 from nmm_serve.evals.scaling.optimise import Array
-from nmm_serve.evals.scaling.records import MEAN, Records, SweepRecord, as_runs, targets
+from nmm_serve.evals.scaling.records import MEAN, Records, SweepRecord, all_params, as_runs, targets
 from nmm_serve.evals.scaling.resample import resampled_interval
 from nmm_serve.evals.scaling.sparsity import fit_sparsity
 
@@ -107,6 +107,7 @@ def fit_target(
         else {},
         "optima": optima(fitted, cost) if positive else [],
         "cost": {"factor": cost.factor, "exponent": cost.exponent},
+        "all_params": all_params(records),
         "in_sample": errors(runs.loss_R, law.loss(runs.n_R, runs.d_R)),
         "largest_size": largest_size_error(fitted),
         "objective": fitted.objective,

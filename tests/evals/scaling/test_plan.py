@@ -12,7 +12,7 @@ from nmm_serve.evals.scaling.plan import (
     load_coefficients,
     make_plan,
     paper_coefficients,
-    total_params,
+    paper_moe_params,
 )  # fmt: skip
 from nmm_serve.evals.scaling.records import parse_records
 from nmm_serve.evals.scaling.study import fit_records
@@ -55,7 +55,7 @@ def test_cost_follows_from_the_hardware():
 @pytest.mark.parametrize(("active", "total"), [(0.2748e9, 1.20e9), (3.354e9, 17.5e9)])
 def test_moe_totals_are_the_papers(active, total):
     # the SwiGLU width is rounded up to 256 in the real shapes, 8 d / 3 here
-    assert total_params(active) == pytest.approx(total, rel=0.03)
+    assert paper_moe_params(active) == pytest.approx(total, rel=0.03)
 
 
 def test_a_fit_brings_intervals_and_warns_of_extrapolation():
@@ -68,6 +68,24 @@ def test_a_fit_brings_intervals_and_warns_of_extrapolation():
         assert low < true < high
     assert not any("outside" in warning for warning in made["warnings"])
     assert any("outside the runs' range" in warning for warning in plan(document, flops=1e26)["plan"]["warnings"])
+
+
+def test_all_parameters_are_those_of_the_fitted_runs():
+    runs = grid(np.geomspace(1e7, 1e10, 4), np.geomspace(1e9, 1e12, 4), EARLY, 0.003)
+    told = [json.dumps(r | {"n_params_total": (3 if r["n_params"] < 5e7 else 5) * r["n_params"]})
+            for r in map(json.loads, lines(runs, "moe"))]  # fmt: skip
+    document = fit_records(parse_records(told, "r"), bootstraps=2)
+    assert [total / active for active, total in document["fits"][0]["all_params"]] == pytest.approx([3, 5, 5, 5])
+    for flops, share in ((1e16, 3), (1e20, 5)):
+        made = plan(json.loads(json.dumps(document)), flops=flops, family="moe")["plan"]
+        assert made["n_params_total"] == pytest.approx(share * made["n_params"])
+        assert made["weights_bytes"] == 2 * made["n_params_total"]
+    document["fits"][0]["all_params"] = "many"
+    with pytest.raises(DataError, match="all_params"):
+        plan(document, family="moe")
+    untold = [json.loads(line) | {"n_params_total": 0} for line in lines(runs)]
+    with pytest.raises(DataError, match="n_params_total must be a positive number"):
+        parse_records(map(json.dumps, untold), "r")
 
 
 def test_coefficients_of_ones_own(tmp_path):
