@@ -27,19 +27,21 @@ class Frontier:
 
 
 def size_curves(runs: Runs) -> dict[float, tuple[Array, Array]]:
-    """ln C and ln L of each size with at least two budgets, in order of C; repeated runs are averaged."""
+    """ln C and ln L of each size with at least two budgets, in order of C. Repeated runs are averaged: budgets within
+    10 %, since another seed packs other documents and so sees a few tokens more or less."""
     curves = {}
     for size in np.unique(runs.n_R):
         of_size = runs.rows(runs.n_R == size)
-        budgets = np.unique(of_size.flops_R)
-        if len(budgets) > 1:
-            losses = [np.log(of_size.loss_R[of_size.flops_R == c]).mean() for c in budgets]
-            curves[float(size)] = np.log(budgets), np.array(losses)
+        order = np.argsort(of_size.flops_R)
+        x_R, y_R = np.log(of_size.flops_R[order]), np.log(of_size.loss_R[order])
+        groups = np.split(np.arange(len(x_R)), np.flatnonzero(np.diff(x_R) > np.log(1.1)) + 1)
+        if len(groups) > 1:
+            curves[float(size)] = np.array([x_R[g].mean() for g in groups]), np.array([y_R[g].mean() for g in groups])
     return curves
 
 
 def frontier(runs: Runs) -> Frontier | None:
-    """None where fewer than two sizes have curves, or these do not overlap."""
+    """Up to the lowest loss. None where fewer than two sizes have curves, or these do not overlap."""
     curves = size_curves(runs)
     if len(curves) < 2:
         return None
@@ -49,6 +51,7 @@ def frontier(runs: Runs) -> Frontier | None:
     values_NX = np.array([np.interp(x_X, x, y, left=np.inf, right=np.inf) for x, y in curves.values()])
     best_X = values_NX.min(0)
     covered = np.isfinite(best_X)
+    covered &= x_X <= x_X[best_X.argmin()]  # what costs more and reaches less is on no frontier
     hull_X = _lower_hull(x_X[covered], best_X[covered])
     x_X, leader_X = x_X[covered], values_NX.argmin(0)[covered]
     start = np.log(PAPER_FROM) if high > np.log(10 * PAPER_FROM) else x_X[np.argmax(leader_X > leader_X[0])]

@@ -22,11 +22,32 @@ def test_runs_of_a_laptop_start_where_the_second_size_leads():
     assert found.c < 0
 
 
+def columns(runs):
+    return runs.n_R, runs.d_R, runs.loss_R, runs.flops_R
+
+
 def test_repeated_runs_are_averaged():
     runs = grid(SIZES, BUDGETS, EARLY)
-    twice = type(runs)(*(np.concatenate([v, v]) for v in (runs.n_R, runs.d_R, runs.loss_R, runs.flops_R)))
+    twice = type(runs)(*(np.concatenate([v, v]) for v in columns(runs)))
     assert len(size_curves(twice)[SIZES[0]][0]) == len(BUDGETS)
     assert frontier(twice).c == pytest.approx(frontier(runs).c)
+
+
+def test_another_seed_sees_a_few_tokens_more_and_is_a_repetition():
+    runs = grid(SIZES, BUDGETS, EARLY)
+    more = grid(SIZES, BUDGETS * 1.01, EARLY)
+    twice = type(runs)(*(np.concatenate([v, w]) for v, w in zip(columns(runs), columns(more), strict=True)))
+    assert len(size_curves(twice)[SIZES[0]][0]) == len(BUDGETS)
+    assert frontier(twice).c == pytest.approx(frontier(runs).c, rel=0.01)
+
+
+def test_what_costs_more_and_reaches_less_is_on_no_frontier():
+    """Large models trained too short: the measured curves end before they meet the small ones' losses."""
+    runs = grid(SIZES / 1e4, BUDGETS[:4] / 1e4, EARLY)
+    found = frontier(runs)
+    assert np.all(np.diff(found.log_loss_X) < 0)
+    assert found.high == pytest.approx(runs.flops_R[runs.loss_R.argmin()], rel=0.05)
+    assert found.high < runs.flops_R.max()
 
 
 def test_no_curves_no_frontier():
