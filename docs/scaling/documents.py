@@ -52,7 +52,10 @@ def is_prose(paragraph: str) -> bool:
 
 def captions(folder: Path, split: str) -> list[tuple[str, str]]:
     """(image file, caption), every caption of every image."""
-    given = json.loads((folder / f"captions_{split}.json").read_text())
+    file = folder / f"captions_{split}.json"
+    if not file.is_file():
+        sys.exit(f"{file} does not exist; expected a folder with captions_train.json and captions_val.json")
+    given = json.loads(file.read_text())
     files = {image["id"]: f"captions/images/{split}/{image['file_name']}" for image in given["images"]}
     return [(files[record["image_id"]], record["caption"]) for record in given["annotations"]]
 
@@ -74,6 +77,7 @@ def interleaved(pictures: list[tuple[str, str]], prose: list[str], rng: random.R
 
 def main(source: Path, out: Path) -> None:
     warnings.simplefilter("ignore")  # of other people's escape sequences
+    pictures = {split: captions(source, split) for split in SPLITS}
     out.mkdir(parents=True)
     (out / "captions").symlink_to(source.resolve())
     rng = random.Random(0)
@@ -92,7 +96,7 @@ def main(source: Path, out: Path) -> None:
         paragraphs = [p for text in long[:half] for p in text.split("\n\n") if is_prose(p)]
         rng.shuffle(paragraphs)
         _write(out / f"text-{split}.jsonl", [{"text": text} for text in long[half:]])
-        mixed = interleaved(captions(source, split), paragraphs, rng)
+        mixed = interleaved(pictures[split], paragraphs, rng)
         _write(out / f"interleaved-{split}.jsonl", [{"content": content} for content in mixed])
 
 
@@ -102,4 +106,6 @@ def _write(path: Path, records: list[dict]) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3 or Path(sys.argv[2]).exists():
+        sys.exit("usage: documents.py CAPTIONS OUT, where OUT does not exist yet")
     main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -11,6 +11,8 @@ from nmm_serve.evals.scaling.space import Runs
 PAPER_FROM = 3e19
 """The paper's line starts here; runs under ten times this size start theirs where the second size takes the lead."""
 _POINTS = 200
+_SAME_BUDGET = 0.05
+"""In ln C."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +30,19 @@ class Frontier:
 
 def size_curves(runs: Runs) -> dict[float, tuple[Array, Array]]:
     """ln C and ln L of each size with at least two budgets, in order of C. Repeated runs are averaged: budgets within
-    10 %, since another seed packs other documents and so sees a few tokens more or less."""
+    `_SAME_BUDGET`, since another seed packs other documents and so sees a few tokens more or less."""
     curves = {}
     for size in np.unique(runs.n_R):
         of_size = runs.rows(runs.n_R == size)
         order = np.argsort(of_size.flops_R)
         x_R, y_R = np.log(of_size.flops_R[order]), np.log(of_size.loss_R[order])
-        groups = np.split(np.arange(len(x_R)), np.flatnonzero(np.diff(x_R) > np.log(1.1)) + 1)
-        if len(groups) > 1:
-            curves[float(size)] = np.array([x_R[g].mean() for g in groups]), np.array([y_R[g].mean() for g in groups])
+        starts = [0]
+        for i in range(len(x_R)):
+            if x_R[i] - x_R[starts[-1]] > _SAME_BUDGET:  # from the first of a group: budgets in small steps must not chain
+                starts.append(i)
+        if len(starts) > 1:
+            x, y = (np.array([group.mean() for group in np.split(v_R, starts[1:])]) for v_R in (x_R, y_R))
+            curves[float(size)] = x, y
     return curves
 
 

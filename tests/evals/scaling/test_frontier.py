@@ -41,6 +41,11 @@ def test_another_seed_sees_a_few_tokens_more_and_is_a_repetition():
     assert frontier(twice).c == pytest.approx(frontier(runs).c, rel=0.01)
 
 
+def test_budgets_in_small_steps_stay_apart():
+    runs = grid(SIZES, np.geomspace(1e9, 1e10, 80), EARLY)  # 3 % apart
+    assert all(len(x) >= 40 for x, _ in size_curves(runs).values())
+
+
 def test_what_costs_more_and_reaches_less_is_on_no_frontier():
     """Large models trained too short: the measured curves end before they meet the small ones' losses."""
     runs = grid(SIZES / 1e4, BUDGETS[:4] / 1e4, EARLY)
