@@ -38,7 +38,8 @@ def size_curves(runs: Runs) -> dict[float, tuple[Array, Array]]:
         x_R, y_R = np.log(of_size.flops_R[order]), np.log(of_size.loss_R[order])
         starts = [0]
         for i in range(len(x_R)):
-            if x_R[i] - x_R[starts[-1]] > _SAME_BUDGET:  # from the first of a group: budgets in small steps must not chain
+            # from the first of a group: budgets in small steps must not chain
+            if x_R[i] - x_R[starts[-1]] > _SAME_BUDGET:
                 starts.append(i)
         if len(starts) > 1:
             x, y = (np.array([group.mean() for group in np.split(v_R, starts[1:])]) for v_R in (x_R, y_R))
