@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from nmm_serve.config import NMMConfig
-from nmm_serve.onnx.graph import CONTRIB, FLOAT, INT32, INT64, Graph
-from nmm_serve.onnx.moe import experts, learned_weights, modality_weights
+from nmm_serve.onnx.graph import BOOL, CONTRIB, FLOAT, INT32, INT64, Graph
+from nmm_serve.onnx.moe import Routing, experts, learned_routing, modality_routing
 from nmm_serve.onnx.quantize import Quantization, per_row_int8
 
-BOOL = 9
 LOWEST = float(np.finfo(np.float32).min)
 
 Weights = Mapping[str, np.ndarray]
@@ -34,9 +33,11 @@ def write_decoder(path: Path, config: NMMConfig, weights: Weights, quantization:
     H, G, C = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     residual, bias = embed(graph, config, weights["model.embed_tokens.weight"], quantization)
     cos, sin = (graph.weight(table, "rope") for table in rope(config))
-    by_modality = ""
-    if config.router == "modality":
-        by_modality = modality_weights(graph, placeholder_id(config))
+    by_modality: Routing | None = None
+    if config.num_experts:
+        shape_BTD = graph.op("Concat", graph.ints(-1), graph.shape("input_ids", 1), graph.ints(config.hidden_size), axis=0)
+        if config.router == "modality":
+            by_modality = modality_routing(graph, placeholder_id(config))
     x = graph.rms_norm(residual, weights["model.layers.0.input_layernorm.weight"], eps)
     inputs: dict = {
         "input_ids": (INT64, ["B", "T"]),
@@ -66,12 +67,14 @@ def write_decoder(path: Path, config: NMMConfig, weights: Weights, quantization:
         out = graph.linear(attended, weights[layer + "self_attn.o_proj.weight"], quantization, f"{i}.o")
         x, residual = graph.add_rms_norm(residual, out, weights[layer + "post_attention_layernorm.weight"], eps)
         if config.num_experts:
-            weight_EN = by_modality or learned_weights(
-                graph, x, weights[layer + "mlp.gate.weight"], top_k=config.num_experts_per_tok,
-                renormalize=config.norm_topk_prob, hint=str(i),
+            x_ND, top_k = graph.op("Reshape", x, graph.ints(-1, config.hidden_size)), config.num_experts_per_tok
+            routing = by_modality or learned_routing(
+                graph, x_ND, weights[layer + "mlp.gate.weight"], top_k=top_k, renormalize=config.norm_topk_prob,
+                hint=str(i),
             )  # fmt: skip
             gate_up, down = weights[layer + "mlp.experts.gate_up_proj"], weights[layer + "mlp.experts.down_proj"]
-            x = experts(graph, x, weight_EN, gate_up, down, quantization, str(i))
+            y_ND = experts(graph, x_ND, routing, gate_up, down, quantization, top_k, str(i))
+            x = graph.op("Reshape", y_ND, shape_BTD)
         else:
             gate_up, down = weights[layer + "mlp.gate_up_proj.weight"], weights[layer + "mlp.down_proj.weight"]
             x = graph.swiglu(x, gate_up, down, quantization, str(i))

@@ -115,4 +115,6 @@ class Graph:
         onnx.save_model(model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=1024)
 
 
-FLOAT, INT32, INT64, UINT8 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64, TensorProto.UINT8
+BOOL, FLOAT, INT32, INT64, UINT8 = (
+    getattr(TensorProto, kind) for kind in ("BOOL", "FLOAT", "INT32", "INT64", "UINT8")
+)
