@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from nmm_serve.config import NMMConfig
-from nmm_serve.onnx.graph import BOOL, CONTRIB, FLOAT, INT32, INT64, Graph
+from nmm_serve.onnx.graph import CONTRIB, FLOAT, INT32, INT64, Graph
 from nmm_serve.onnx.moe import Routing, experts, learned_routing, modality_routing
 from nmm_serve.onnx.quantize import Quantization, per_row_int8
 
+BOOL = 9
 LOWEST = float(np.finfo(np.float32).min)
 
 Weights = Mapping[str, np.ndarray]
@@ -35,7 +36,8 @@ def write_decoder(path: Path, config: NMMConfig, weights: Weights, quantization:
     cos, sin = (graph.weight(table, "rope") for table in rope(config))
     by_modality: Routing | None = None
     if config.num_experts:
-        shape_BTD = graph.op("Concat", graph.ints(-1), graph.shape("input_ids", 1), graph.ints(config.hidden_size), axis=0)
+        width = graph.ints(config.hidden_size)
+        shape_BTD = graph.op("Concat", graph.ints(-1), graph.shape("input_ids", 1), width, axis=0)
         if config.router == "modality":
             by_modality = modality_routing(graph, placeholder_id(config))
     x = graph.rms_norm(residual, weights["model.layers.0.input_layernorm.weight"], eps)
@@ -73,7 +75,7 @@ def write_decoder(path: Path, config: NMMConfig, weights: Weights, quantization:
                 hint=str(i),
             )  # fmt: skip
             gate_up, down = weights[layer + "mlp.experts.gate_up_proj"], weights[layer + "mlp.experts.down_proj"]
-            y_ND = experts(graph, x_ND, routing, gate_up, down, quantization, top_k, str(i))
+            y_ND = experts(graph, x_ND, routing, gate_up, down, quantization, top_k=top_k, hint=str(i))
             x = graph.op("Reshape", y_ND, shape_BTD)
         else:
             gate_up, down = weights[layer + "mlp.gate_up_proj.weight"], weights[layer + "mlp.down_proj.weight"]

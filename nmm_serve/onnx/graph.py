@@ -90,11 +90,14 @@ class Graph:
         return normed, total
 
     def swiglu(self, x: str, gate_up_OI: np.ndarray, down_OI: np.ndarray, quantization: Quantization, hint: str) -> str:
+        hidden = self.gated(self.linear(x, gate_up_OI, quantization, f"{hint}.gate_up"))
+        return self.linear(hidden, down_OI, quantization, f"{hint}.down")
+
+    def gated(self, gate_up: str) -> str:
+        """silu(gate) * up, of both side by side."""
         gate, up = self.name("gate"), self.name("up")
-        self.op("Split", self.linear(x, gate_up_OI, quantization, f"{hint}.gate_up"), out=[gate, up], axis=-1,
-                num_outputs=2)  # fmt: skip
-        silu = self.op("QuickGelu", gate, domain=CONTRIB, alpha=1.0)
-        return self.linear(self.op("Mul", silu, up), down_OI, quantization, f"{hint}.down")
+        self.op("Split", gate_up, out=[gate, up], axis=-1, num_outputs=2)
+        return self.op("Mul", self.op("QuickGelu", gate, domain=CONTRIB, alpha=1.0), up)
 
     def branch(self, name: str, outputs: Sequence[str]) -> onnx.GraphProto:
         """This graph as the body of an `If`; its outputs must be its own, not outer values."""
@@ -115,6 +118,4 @@ class Graph:
         onnx.save_model(model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=1024)
 
 
-BOOL, FLOAT, INT32, INT64, UINT8 = (
-    getattr(TensorProto, kind) for kind in ("BOOL", "FLOAT", "INT32", "INT64", "UINT8")
-)
+FLOAT, INT32, INT64, UINT8 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64, TensorProto.UINT8
