@@ -69,13 +69,13 @@ def write_decoder(path: Path, config: NMMConfig, weights: Weights, quantization:
         out = graph.linear(attended, weights[layer + "self_attn.o_proj.weight"], quantization, f"{i}.o")
         x, residual = graph.add_rms_norm(residual, out, weights[layer + "post_attention_layernorm.weight"], eps)
         if config.num_experts:
-            x_ND, top_k = graph.op("Reshape", x, graph.ints(-1, config.hidden_size)), config.num_experts_per_tok
+            x_ND = graph.op("Reshape", x, graph.ints(-1, config.hidden_size))
             routing = by_modality or learned_routing(
-                graph, x_ND, weights[layer + "mlp.gate.weight"], top_k=top_k, renormalize=config.norm_topk_prob,
-                hint=str(i),
+                graph, x_ND, weights[layer + "mlp.gate.weight"], top_k=config.num_experts_per_tok,
+                renormalize=config.norm_topk_prob, hint=str(i),
             )  # fmt: skip
             gate_up, down = weights[layer + "mlp.experts.gate_up_proj"], weights[layer + "mlp.experts.down_proj"]
-            y_ND = experts(graph, x_ND, routing, gate_up, down, quantization, top_k=top_k, hint=str(i))
+            y_ND = experts(graph, x_ND, routing, gate_up, down, quantization, str(i))
             x = graph.op("Reshape", y_ND, shape_BTD)
         else:
             gate_up, down = weights[layer + "mlp.gate_up_proj.weight"], weights[layer + "mlp.down_proj.weight"]

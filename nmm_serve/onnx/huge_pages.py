@@ -5,7 +5,7 @@ processor keeps that many at hand. ONNX Runtime allocates its own weights and do
 """
 
 import ctypes
-import sys
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +24,9 @@ Span = tuple[int, int]
 
 @contextmanager
 def huge_pages() -> Iterator[None]:
-    """What the block allocates and keeps goes into huge pages. Does nothing where the system has none or says never."""
-    if not sys.platform.startswith("linux") or not _SETTING.exists() or "[never]" in _SETTING.read_text():
+    """What the block allocates and keeps goes into huge pages. Does nothing where the system has none or says never,
+    or does not tell a process its own memory."""
+    if not all(os.access(file, os.R_OK) for file in (_SETTING, _MAPPINGS)) or "[never]" in _SETTING.read_text():
         yield
         return
     before = [span for span, _ in _private_mappings()]
@@ -57,7 +58,7 @@ def _private_mappings() -> list[tuple[Span, float]]:
     """Memory of this process that is no file's and can be written, with the share of it that is present."""
     found: list[tuple[Span, float]] = []
     span: Span | None = None
-    for line in _MAPPINGS.read_text().splitlines():
+    for line in _MAPPINGS.read_text("utf-8", "replace").splitlines():
         fields = line.split()
         if not fields[0].endswith(":"):
             start, end = (int(number, 16) for number in fields[0].split("-"))

@@ -26,11 +26,13 @@ class Routing:
         order_R1: the choices, sorted by expert.
         count_E: choices of each expert.
         weight_NK: of each choice; None for 1.
+        top_k: K.
     """
 
     order_R1: str
     count_E: str
     weight_NK: str | None
+    top_k: int
 
 
 def learned_routing(
@@ -42,21 +44,22 @@ def learned_routing(
     graph.op("TopK", probs_NE, graph.ints(top_k), out=[weight_NK, expert_NK], axis=-1)
     if renormalize:
         weight_NK = graph.op("Div", weight_NK, graph.op("ReduceSum", weight_NK, graph.ints(-1), keepdims=1))
-    expert_R1 = expert_NK if top_k == 1 else graph.op("Reshape", expert_NK, graph.ints(-1, 1))
-    return _routing(graph, expert_R1, weight_NK, num_experts=len(router_ED))
+    return _routing(graph, expert_NK, weight_NK, num_experts=len(router_ED), top_k=top_k)
 
 
 def modality_routing(graph: Graph, image_token_id: int) -> Routing:
     """Expert 0 for text, expert 1 for image patches."""
     is_image_N1 = graph.op("Equal", graph.op("Reshape", "input_ids", graph.ints(-1, 1)), graph.scalar(image_token_id))
-    return _routing(graph, graph.op("Cast", is_image_N1, to=INT64), None, num_experts=2)
+    return _routing(graph, graph.op("Cast", is_image_N1, to=INT64), None, num_experts=2, top_k=1)
 
 
-def _routing(graph: Graph, expert_R1: str, weight_NK: str | None, num_experts: int) -> Routing:
+def _routing(graph: Graph, expert_NK: str, weight_NK: str | None, *, num_experts: int, top_k: int) -> Routing:
+    expert_R1 = expert_NK if top_k == 1 else graph.op("Reshape", expert_NK, graph.ints(-1, 1))
     order_R1 = graph.name("order")
     graph.op("TopK", expert_R1, graph.shape(expert_R1, 0), out=[graph.name("sorted"), order_R1], axis=0, largest=0)
     chosen_R1E = graph.op("OneHot", expert_R1, graph.scalar(num_experts), graph.ints(0, 1))
-    return Routing(order_R1, graph.op("ReduceSum", chosen_R1E, graph.ints(0, 1), keepdims=0), weight_NK)
+    count_E = graph.op("ReduceSum", chosen_R1E, graph.ints(0, 1), keepdims=0)
+    return Routing(order_R1, count_E, weight_NK, top_k)
 
 
 def experts(
@@ -66,11 +69,10 @@ def experts(
     gate_up_E2FD: np.ndarray,
     down_EDF: np.ndarray,
     quantization: Quantization,
-    *,
-    top_k: int,
     hint: str,
 ) -> str:
     """The weighted sum of the chosen experts, as in `kernels/moe_reference.py`. [N, D]"""
+    top_k = routing.top_k
     token_R1 = routing.order_R1 if top_k == 1 else graph.op("Div", routing.order_R1, graph.scalar(top_k))
     x_RD = graph.op("GatherND", x_ND, token_R1)
     gate_up = _products(graph, x_RD, routing.count_E, gate_up_E2FD, quantization, f"{hint}.gate_up")

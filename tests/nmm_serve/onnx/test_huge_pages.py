@@ -60,12 +60,16 @@ def test_what_a_block_allocates_moves():
     assert huge_bytes(sparse) == huge_bytes(before) == 0
 
 
-def test_a_system_without_them_is_left_alone(monkeypatch, tmp_path):
-    monkeypatch.setattr(module, "_MAPPINGS", tmp_path / "missing")
-    monkeypatch.setattr(module, "_SETTING", tmp_path / "missing")
+@pytest.mark.parametrize("absent", ["_SETTING", "_MAPPINGS", "never"])
+def test_a_system_without_them_is_left_alone(monkeypatch, tmp_path, absent):
+    for name in ("_SETTING", "_MAPPINGS"):
+        file = tmp_path / name
+        file.write_text("always madvise [never]\n" if absent == "never" else "always [madvise] never\n")
+        monkeypatch.setattr(module, name, file)
+    if absent != "never":
+        (tmp_path / absent).unlink()
+    monkeypatch.setattr(module, "_private_mappings", lambda: pytest.fail("looked at the memory"))
+    done = False
     with huge_pages():
-        pass
-    (tmp_path / "never").write_text("always madvise [never]\n")
-    monkeypatch.setattr(module, "_SETTING", tmp_path / "never")
-    with huge_pages():
-        pass
+        done = True
+    assert done

@@ -45,7 +45,7 @@ def mixture(tmp_path_factory):
     def made(quantization: str, top_k: int, renormalize: bool):
         graph, (router_ED, gate_up_E2FD, down_EDF) = Graph(), weights()
         routing = learned_routing(graph, "x", router_ED, top_k=top_k, renormalize=renormalize, hint="0")
-        y_ND = experts(graph, "x", routing, gate_up_E2FD, down_EDF, quantization, top_k=top_k, hint="0")
+        y_ND = experts(graph, "x", routing, gate_up_E2FD, down_EDF, quantization, "0")
         return session_of(tmp_path_factory.mktemp("moe"), graph, y_ND)
 
     return made
