@@ -1,8 +1,8 @@
 """Triton kernels for a few tokens, without a sort: a tile holds all tokens, and reading the weights takes the time.
 
 A program computes one expert's tile for all tokens and keeps the rows of those that chose it; an expert that nobody
-chose costs nothing. The router's weight is put on the activation, so that the down projection of all experts is one
-sum over (expert, F) in registers: two launches, and nothing to combine.
+chose costs nothing. The down projection is not summed over experts in one program: that would leave one program for
+each tile of columns, too few to keep the memory of a large GPU busy (16 of them at 512 columns, for 132 processors).
 
 Legend: `moe_reference.py`; M all tokens, padded; KP choices padded.
 """
@@ -51,19 +51,19 @@ def decode_up_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def decode_down_kernel(
-    act, w, expert, y, T, E, D, F,
+    act, w, expert, slot, T, D, F,
     K: tl.constexpr, KP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0) * BN
-    acc_MN = tl.zeros((BM, BN), tl.float32)
-    for e in range(0, E):
-        mine_M, slot_M = who_chose(expert, e, T, K, KP, BM)
-        if tl.max(mine_M.to(tl.int32), 0) > 0:
-            for f in range(0, F, BK):
-                act_ML = gather_rows(act, slot_M, mine_M, f, F, BK)
-                w_NL = load_weight(w, e, n, f, D, F, BN, BK, TMA)
-                acc_MN = tl.dot(act_ML, w_NL.T, acc_MN, input_precision=PRECISION)
-    t_M, n_N = tl.arange(0, BM), n + tl.arange(0, BN)
-    mask_MN = (t_M < T)[:, None] & (n_N < D)[None, :]
-    tl.store(y + t_M[:, None] * D + n_N[None, :], acc_MN.to(y.dtype.element_ty), mask=mask_MN)
+    e, n = tl.program_id(0), tl.program_id(1) * BN
+    mine_M, slot_M = who_chose(expert, e, T, K, KP, BM)
+    if tl.max(mine_M.to(tl.int32), 0) > 0:
+        acc_MN = tl.zeros((BM, BN), tl.float32)
+        for f in range(0, F, BK):
+            act_ML = gather_rows(act, slot_M, mine_M, f, F, BK)
+            w_NL = load_weight(w, e, n, f, D, F, BN, BK, TMA)
+            acc_MN = tl.dot(act_ML, w_NL.T, acc_MN, input_precision=PRECISION)
+        n_N = n + tl.arange(0, BN)
+        mask_MN = mine_M[:, None] & (n_N < D)[None, :]
+        address_MN = slot + slot_M[:, None].to(tl.int64) * D + n_N[None, :]
+        tl.store(address_MN, acc_MN.to(slot.dtype.element_ty), mask=mask_MN)

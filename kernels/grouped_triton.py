@@ -1,12 +1,17 @@
 """Triton kernels for many tokens: grouped matrix products over rows in expert order.
 
 A tile is BM rows of one expert. How many tiles there are is known to the device alone: the grid has the most there can
-be, and a program past the last tile finds that out from the offsets and ends. Programs loop over tiles, so a grid of
-one program a processor makes the same kernel persistent. Each output element is written by one program: no atomics.
+be, and a program past the last tile finds that out from the offsets and ends. Each output element is written by one
+program: no atomics.
+
+Programs loop over tiles, so a grid of one program a processor makes the same kernel persistent. `flatten` then makes
+one loop of the two, over tiles and over a tile's depth: the next tile's first loads are under way while a tile is
+stored. The weights' gradients keep two loops, since how deep their tiles are is known to the device alone.
 
 Weights are read through tensor descriptors (TMA on Hopper and later) where TMA holds, else through pointers.
 
-Legend: `moe_reference.py`; M, N, L a tile's rows, columns and depth; R rows of a tile; EP experts padded.
+Legend: `moe_reference.py`; M, N, L a tile's rows, columns and depth; R rows of a tile; EP experts padded;
+Q a quarter of a tile's columns.
 """
 
 import triton
@@ -79,11 +84,12 @@ def up_kernel(
     x, w, order, offset, act, pre, E, D, F,
     K: tl.constexpr, EP: tl.constexpr, KEEP_PRE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """Gather in the load, gate and up as two accumulators over the same rows, SwiGLU in the epilogue."""
     start_E, length_E, last_E = tiles_of_experts(offset, E, BM, EP)
     num_m, num_n = tl.max(last_E, 0), tl.cdiv(F, BN)
-    for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=PERSISTENT):
         tile_m, tile_n = swizzle(tile, num_m, num_n, GROUP_M)
         e, row, end = find_tile(tile_m, start_E, length_E, last_E, BM, EP)
         r_M = row + tl.arange(0, BM)
@@ -117,6 +123,7 @@ def down_kernel(
     a, w, order, offset, weight, out, E, D, F,
     EP: tl.constexpr, TRANSPOSED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """Sorted rows a [N, F] through w_e, written to their slots, one row each: out [N, D].
 
@@ -125,7 +132,7 @@ def down_kernel(
     """
     start_E, length_E, last_E = tiles_of_experts(offset, E, BM, EP)
     num_m, num_n = tl.max(last_E, 0), tl.cdiv(D, BN)
-    for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=PERSISTENT):
         tile_m, tile_n = swizzle(tile, num_m, num_n, GROUP_M)
         e, row, end = find_tile(tile_m, start_E, length_E, last_E, BM, EP)
         n = tile_n * BN
@@ -148,18 +155,53 @@ def down_kernel(
 
 
 @triton.jit
+def swiglu_backward(
+    dact_MQ, pre, dpre, weighted_act, weight_M, row, end, n, F,
+    BM: tl.constexpr, Q: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """For columns n : n + Q of a tile: store the gradient of the pre-activation and the weighted activation; return
+    the columns' part of the gradient of the router's weight."""
+    n_Q = n + tl.arange(0, Q)
+    real_MQ = (row + tl.arange(0, BM) < end)[:, None] & (n_Q < F)[None, :]
+    gate_MQ = load_rows(pre, row, n, end, 2 * F, BM, Q, TMA).to(tl.float32)
+    up_MQ = load_rows(pre, row, F + n, end, 2 * F, BM, Q, TMA).to(tl.float32)
+    sigmoid_MQ = 1.0 / (1.0 + tl.exp(-gate_MQ))
+    silu_MQ = gate_MQ * sigmoid_MQ
+    part_M = tl.sum(tl.where(real_MQ, dact_MQ * silu_MQ * up_MQ, 0.0), 1)
+    inside_MQ = tl.arange(0, BM)[:, None] * F + n_Q[None, :]
+    wact_MQ = silu_MQ * up_MQ * weight_M[:, None]
+    line = weighted_act + row.to(tl.int64) * F
+    tl.store(line + inside_MQ, wact_MQ.to(weighted_act.dtype.element_ty), mask=real_MQ)
+    dact_MQ *= weight_M[:, None]
+    inside_MQ = tl.arange(0, BM)[:, None] * (2 * F) + n_Q[None, :]
+    line = dpre + row.to(tl.int64) * (2 * F)
+    tl.store(line + F + inside_MQ, (dact_MQ * silu_MQ).to(dpre.dtype.element_ty), mask=real_MQ)
+    dgate_MQ = dact_MQ * up_MQ * (sigmoid_MQ + silu_MQ * (1.0 - sigmoid_MQ))
+    tl.store(line + inside_MQ, dgate_MQ.to(dpre.dtype.element_ty), mask=real_MQ)
+    return part_M
+
+
+@triton.jit
+def halves(x_MN, BM: tl.constexpr, BN: tl.constexpr):
+    """The left and the right half of a tile's columns."""
+    return x_MN.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
 def down_backward_kernel(
     dy, w, pre, order, offset, weight, dpre, weighted_act, dweight, E, D, F,
     K: tl.constexpr, EP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the activation, and from it in the epilogue those of the pre-activation and of the router's weight.
 
-    The latter is a sum over F, of which each tile of columns has a part: dweight is [N, tiles], to be summed.
+    The latter is a sum over F, of which each tile of columns has a part: dweight is [N, tiles], to be summed. The
+    epilogue takes a quarter of the columns at a time: all of them at once would not stay in registers.
     """
     start_E, length_E, last_E = tiles_of_experts(offset, E, BM, EP)
     num_m, num_n = tl.max(last_E, 0), tl.cdiv(F, BN)
-    for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=PERSISTENT):
         tile_m, tile_n = swizzle(tile, num_m, num_n, GROUP_M)
         e, row, end = find_tile(tile_m, start_E, length_E, last_E, BM, EP)
         r_M = row + tl.arange(0, BM)
@@ -172,25 +214,16 @@ def down_backward_kernel(
             dy_ML = gather_rows(dy, token_M, real_M, d, D, BK)
             w_LN = load_weight(w, e, d, n, D, F, BK, BN, TMA)
             dact_MN = tl.dot(dy_ML, w_LN, dact_MN, input_precision=PRECISION)
-        n_N = n + tl.arange(0, BN)
-        real_MN = real_M[:, None] & (n_N < F)[None, :]
-        inside_MN = tl.arange(0, BM)[:, None] * (2 * F) + n_N[None, :]
-        line = row.to(tl.int64) * (2 * F)
-        gate_MN = load_rows(pre, row, n, end, 2 * F, BM, BN, TMA).to(tl.float32)
-        up_MN = load_rows(pre, row, F + n, end, 2 * F, BM, BN, TMA).to(tl.float32)
-        sigmoid_MN = 1.0 / (1.0 + tl.exp(-gate_MN))
-        silu_MN = gate_MN * sigmoid_MN
-        part_M = tl.sum(tl.where(real_MN, dact_MN * silu_MN * up_MN, 0.0), 1)
-        tl.store(dweight + slot_M.to(tl.int64) * num_n + tile_n, part_M, mask=real_M)
         weight_M = tl.load(weight + slot_M, mask=real_M, other=0.0)
-        dact_MN *= weight_M[:, None]
-        tl.store(dpre + line + F + inside_MN, (dact_MN * silu_MN).to(dpre.dtype.element_ty), mask=real_MN)
-        dgate_MN = dact_MN * up_MN * (sigmoid_MN + silu_MN * (1.0 - sigmoid_MN))
-        tl.store(dpre + line + inside_MN, dgate_MN.to(dpre.dtype.element_ty), mask=real_MN)
-        wact_MN = silu_MN * up_MN * weight_M[:, None]
-        inside_MN = tl.arange(0, BM)[:, None] * F + n_N[None, :]
-        line = weighted_act + row.to(tl.int64) * F
-        tl.store(line + inside_MN, wact_MN.to(weighted_act.dtype.element_ty), mask=real_MN)
+        Q: tl.constexpr = BN // 4
+        left, right = halves(dact_MN, BM, BN)
+        dact_0, dact_1 = halves(left, BM, BN // 2)
+        dact_2, dact_3 = halves(right, BM, BN // 2)
+        part_M = swiglu_backward(dact_0, pre, dpre, weighted_act, weight_M, row, end, n, F, BM, Q, TMA)
+        part_M += swiglu_backward(dact_1, pre, dpre, weighted_act, weight_M, row, end, n + Q, F, BM, Q, TMA)
+        part_M += swiglu_backward(dact_2, pre, dpre, weighted_act, weight_M, row, end, n + 2 * Q, F, BM, Q, TMA)
+        part_M += swiglu_backward(dact_3, pre, dpre, weighted_act, weight_M, row, end, n + 3 * Q, F, BM, Q, TMA)
+        tl.store(dweight + slot_M.to(tl.int64) * num_n + tile_n, part_M, mask=real_M)
 
 
 @triton.jit

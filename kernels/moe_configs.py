@@ -46,17 +46,26 @@ class Device:
 
 @lru_cache(maxsize=4096)
 def config(kernel: str, hidden: int, intermediate: int, regime: str, device: Device) -> Config:
-    """The measured tile where there is one for just this device, sizes and regime; else the default of the regime,
-    with as many stages as the device's shared memory holds."""
+    """The measured tile where there is one for just this device, sizes and regime; else the default of the regime.
+
+    Where the device's shared memory does not hold the default's stages, with as many as it holds, and a program for
+    each tile: one that loops keeps the tile that it stores beside the next one's stages.
+    """
     wanted = {"device": device.name, "kernel": kernel, "hidden": hidden, "intermediate": intermediate, "regime": regime}
     for entry in table()["tuned"]:
         if all(entry[key] == value for key, value in wanted.items()):
             return entry["config"]
     chosen = table()["default"][kernel][regime]
+    fitting = (device.shared_bytes - SPARE_BYTES) // stage_bytes(kernel, regime, chosen)
+    if fitting >= chosen["num_stages"]:
+        return chosen
+    return chosen | {"num_stages": max(1, fitting)} | ({"per_sm": 0} if "per_sm" in chosen else {})
+
+
+def stage_bytes(kernel: str, regime: str, config: Config) -> int:
+    """What one step of a tile's depth reads into shared memory."""
     weight_tiles = 2 if kernel in ("up", "decode_up") else 1
-    stage_bytes = (chosen["BM"] + weight_tiles * chosen["BN"]) * chosen["BK"] * (4 if regime == "fp32" else 2)
-    fitting = (device.shared_bytes - SPARE_BYTES) // stage_bytes
-    return chosen | {"num_stages": max(1, min(chosen["num_stages"], fitting))}
+    return (config["BM"] + weight_tiles * config["BN"]) * config["BK"] * (4 if regime == "fp32" else 2)
 
 
 def every_config() -> Iterator[tuple[str, str, Config]]:

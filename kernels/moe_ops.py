@@ -96,7 +96,7 @@ def decode_up(x_TD, gate_up_E2FD, expert_TK, weight_TK):
 
 @_launch
 def decode_down(act_NF, down_EDF, expert_TK):
-    return act_NF.new_empty(expert_TK.shape[0], down_EDF.shape[1])
+    return act_NF.new_empty(act_NF.shape[0], down_EDF.shape[1])
 
 
 @_launch
@@ -139,7 +139,8 @@ def _expert_mlp(
         return torch.empty_like(x_TD), *_saved(x_TD, expert_TK, count_BE, gate_up_E2FD, training)
     on_gpu = x_TD.device.type == "cuda" or INTERPRETED
     if on_gpu and not training and T <= DECODE_TOKENS:
-        y_TD = decode_down(decode_up(x_TD, gate_up_E2FD, expert_TK, weight_TK), down_EDF, expert_TK)
+        slot_ND = decode_down(decode_up(x_TD, gate_up_E2FD, expert_TK, weight_TK), down_EDF, expert_TK)
+        y_TD = slot_ND if K == 1 else combine(slot_ND, K)
         return y_TD, *_saved(x_TD, expert_TK, count_BE, gate_up_E2FD, training)
     order_N, offset_E1 = sort_slots(expert_TK, count_BE)
     act_NF, pre_N2F = up_proj(x_TD, gate_up_E2FD, order_N, offset_E1, K, training)

@@ -172,14 +172,13 @@ def decode_up(
 
 
 def decode_down(act_NF: torch.Tensor, down_EDF: torch.Tensor, expert_TK: torch.Tensor) -> torch.Tensor:
-    """y_TD: the sum over each token's slots of act through its expert's down projection."""
-    T, K = expert_TK.shape
-    act_TKF = act_NF.view(T, K, -1)
-    y_TD = act_NF.new_zeros(T, down_EDF.shape[1])
-    for expert in expert_TK.unique().tolist():
-        t, k = (expert_TK == expert).nonzero(as_tuple=True)
-        y_TD[t] += act_TKF[t, k] @ down_EDF[expert].T
-    return y_TD
+    """slot_ND: act through the down projection of each slot's expert."""
+    expert_N = expert_TK.reshape(-1)
+    slot_ND = act_NF.new_empty(len(act_NF), down_EDF.shape[1])
+    for expert in expert_N.unique().tolist():
+        n = expert_N == expert
+        slot_ND[n] = act_NF[n] @ down_EDF[expert].T
+    return slot_ND
 
 
 def down_backward(

@@ -142,7 +142,7 @@ def up_proj(x_TD, gate_up_E2FD, order_N, offset_E1, top_k, keep_pre):
     grouped_triton.up_kernel[grid](
         x_TD, _weight(gate_up_E2FD, c["BN"], c["BK"], tma), order_N, offset_E1, act_NF,
         pre_N2F if keep_pre else act_NF, E, D, F,
-        K=top_k, EP=_pow2(E), KEEP_PRE=keep_pre, **_options(c, x_TD.dtype, tma),
+        K=top_k, EP=_pow2(E), KEEP_PRE=keep_pre, PERSISTENT=c["per_sm"] > 0, **_options(c, x_TD.dtype, tma),
     )  # fmt: skip
     return act_NF, pre_N2F
 
@@ -156,7 +156,7 @@ def down_proj(act_NF, down_EDF, order_N, offset_E1, weight_TK):
     grouped_triton.down_kernel[grid](
         _rows(act_NF, c["BM"], c["BK"], tma), _weight(down_EDF, c["BN"], c["BK"], tma),
         order_N, offset_E1, weight_TK, slot_ND, E, D, F,
-        EP=_pow2(E), TRANSPOSED=False, **_options(c, act_NF.dtype, tma),
+        EP=_pow2(E), TRANSPOSED=False, PERSISTENT=c["per_sm"] > 0, **_options(c, act_NF.dtype, tma),
     )  # fmt: skip
     return slot_ND
 
@@ -191,12 +191,12 @@ def decode_down(act_NF, down_EDF, expert_TK):
     (T, K), (E, D, F) = expert_TK.shape, down_EDF.shape
     c = _decode("decode_down", act_NF, D, F, T)
     tma = _tma(down_EDF)
-    y_TD = act_NF.new_empty(T, D)
-    decode_triton.decode_down_kernel[triton.cdiv(D, c["BN"]),](
-        act_NF, _weight(down_EDF, c["BN"], c["BK"], tma), expert_TK, y_TD, T, E, D, F,
+    slot_ND = act_NF.new_empty(T * K, D)
+    decode_triton.decode_down_kernel[E, triton.cdiv(D, c["BN"])](
+        act_NF, _weight(down_EDF, c["BN"], c["BK"], tma), expert_TK, slot_ND, T, D, F,
         K=K, KP=_pow2(K), **_options(c, act_NF.dtype, tma),
     )  # fmt: skip
-    return y_TD
+    return slot_ND
 
 
 def down_backward(dy_TD, down_EDF, pre_N2F, order_N, offset_E1, weight_TK):
@@ -208,10 +208,10 @@ def down_backward(dy_TD, down_EDF, pre_N2F, order_N, offset_E1, weight_TK):
     parts_Nn = weight_TK.new_empty(R, num_n)
     grid = _programs(_row_tiles(R, E, c["BM"]) * num_n, c, dy_TD.device)
     grouped_triton.down_backward_kernel[grid](
-        dy_TD, _weight(down_EDF, c["BK"], c["BN"], tma), _rows(pre_N2F, c["BM"], c["BN"], tma),
+        dy_TD, _weight(down_EDF, c["BK"], c["BN"], tma), _rows(pre_N2F, c["BM"], c["BN"] // 4, tma),
         order_N, offset_E1, weight_TK,
         dpre_N2F, weighted_act_NF, parts_Nn, E, D, F,
-        K=K, EP=_pow2(E), **_options(c, dy_TD.dtype, tma),
+        K=K, EP=_pow2(E), PERSISTENT=c["per_sm"] > 0, **_options(c, dy_TD.dtype, tma),
     )  # fmt: skip
     return dpre_N2F, weighted_act_NF, parts_Nn.sum(1).view_as(weight_TK)
 
@@ -225,7 +225,7 @@ def up_backward(dpre_N2F, gate_up_E2FD, order_N, offset_E1):
     grouped_triton.down_kernel[grid](
         _rows(dpre_N2F, c["BM"], c["BK"], tma), _weight(gate_up_E2FD, c["BK"], c["BN"], tma),
         order_N, offset_E1, dslot_ND, dslot_ND, E, D, F2,
-        EP=_pow2(E), TRANSPOSED=True, **_options(c, dpre_N2F.dtype, tma),
+        EP=_pow2(E), TRANSPOSED=True, PERSISTENT=c["per_sm"] > 0, **_options(c, dpre_N2F.dtype, tma),
     )  # fmt: skip
     return dslot_ND
 
@@ -248,8 +248,10 @@ def _weight_grad(kernel, a, b, order_N, offset_E1, top_k):
     operands = (a, _rows(b, *rows, tma)) if gather_a else (_rows(a, *rows, tma), b)
     out_EAB = a.new_empty(E, A, B)
     tiles = E * triton.cdiv(A, c["BM"]) * triton.cdiv(B, c["BN"])
+    # the loads of row numbers, on which the gather waits, are stages for Triton too: it would keep half of the tiles
+    options = _options(c, a.dtype, tma) | {"num_stages": 2 * c["num_stages"] - 1}
     grouped_triton.weight_grad_kernel[_programs(tiles, c, a.device)](
         *operands, order_N, offset_E1, out_EAB, E, A, B,
-        K=top_k, GATHER_A=gather_a, **_options(c, a.dtype, tma),
+        K=top_k, GATHER_A=gather_a, **options,
     )  # fmt: skip
     return out_EAB

@@ -22,10 +22,10 @@ from nmm_serve.kernels.bench.plan import ROUTINGS, Cell, Shape, router_logits
 
 AXES: dict[str, tuple[int, ...]] = {
     "BM": (32, 64, 128),
-    "BN": (32, 64, 128, 256),
+    "BN": (16, 32, 64, 128, 256),
     "BK": (32, 64, 128, 256),
     "num_warps": (4, 8),
-    "num_stages": (2, 3, 4, 5, 6),
+    "num_stages": (2, 3, 4, 5, 6, 8),
     "GROUP_M": (1, 4, 8, 16),
     "per_sm": (0, 1, 2),
 }

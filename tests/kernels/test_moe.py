@@ -111,7 +111,7 @@ def test_the_decode_path_is_the_sorted_path():
     x, gate_up, down = torch.randn(7, 12), torch.randn(4, 18, 12), torch.randn(4, 12, 9)
     routing = route(torch.randn(7, 4), 3)
     act = moe_reference.decode_up(x, gate_up, routing.expert_TK, routing.weight_TK)
-    y = moe_reference.decode_down(act, down, routing.expert_TK)
+    y = moe_reference.combine(moe_reference.decode_down(act, down, routing.expert_TK), 3)
     torch.testing.assert_close(y, expert_mlp(x, routing.weight_TK, routing.expert_TK, gate_up, down))
 
 
