@@ -169,7 +169,10 @@ def load_resume(path: Path, model, optimizer, procs: Processes) -> dict[str, Any
         for key in keys:
             kind, name = key.split("/", 1)
             parameter = parameters[name]
-            value = file.get_tensor(key) if kind == "step" else read(file, key, parameter.detach())
+            # the fused optimiser wants its step where the parameter is
+            value = (
+                file.get_tensor(key).to(parameter.device) if kind == "step" else read(file, key, parameter.detach())
+            )
             optimizer.state[parameter][kind] = value
     torch.set_rng_state(torch.tensor(state["torch_rng"], dtype=torch.uint8))
     return state

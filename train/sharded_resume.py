@@ -180,7 +180,9 @@ def load_sharded(path: Path, model, optimizer, procs: Processes, adapted: bool =
     for key, tensor in wanted.items():
         kind, name = key.split("/", 1)
         if kind != "weight":
-            optimizer.state[parameters[name]][kind] = tensor[0] if kind == "step" else tensor
+            parameter = parameters[name]
+            # the fused optimiser wants its step where the parameter is
+            optimizer.state[parameter][kind] = tensor[0].to(parameter.device) if kind == "step" else tensor
     torch.set_rng_state(torch.tensor(state["torch_rng"], dtype=torch.uint8))
     return state
 

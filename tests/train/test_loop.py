@@ -15,10 +15,12 @@ from tiny_training import write_recipe
 from nmm_serve.checkpoint import load_model, load_processor, read_run
 from nmm_serve.errors import CheckpointError, ConfigError, TrainingError
 from nmm_serve.sizing import count_params
-from nmm_serve.train.config import load_config
+from nmm_serve.train.config import ParallelConfig, load_config
 from nmm_serve.train.data.builtin import builtin_images
+from nmm_serve.train.distributed import processes
 from nmm_serve.train.loop import Trainer, train
-from nmm_serve.train.resume import resume_points
+from nmm_serve.train.optim import build_optimizer
+from nmm_serve.train.resume import load_resume, resume_points
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -79,6 +81,21 @@ def test_sigterm_saves_and_says_how_to_go_on(recipe, whole, tmp_path):
     assert resume_points(tmp_path / "run/checkpoints")[-1].name == "step-00000005"
     train(load_config(recipe), tmp_path / "run")
     assert_same_run(tmp_path / "run", whole)
+
+
+def test_the_optimizer_comes_back_to_where_the_model_is(recipe, tmp_path):
+    """Its step too, which the fused optimiser reads on a GPU; `meta` stands for one."""
+    with processes(ParallelConfig()) as procs:
+        trainer = Trainer(load_config(recipe), tmp_path, lambda event: None, procs)
+        trainer.train_step()
+        point = trainer.save(wait=True)
+        model = trainer.model.to("meta")
+        optimizer = build_optimizer(model, trainer.config.optimizer, 1e-3)
+        load_resume(point, model, optimizer, procs)
+        trainer.close()
+    state = [value for values in optimizer.state.values() for value in values.values()]
+    assert len(state) == 3 * len(list(model.parameters()))
+    assert {value.device.type for value in state} == {"meta"}
 
 
 def test_finished_run_is_left_alone(recipe, whole):

@@ -172,6 +172,8 @@ def test_a_worker_that_dies_is_replaced_and_the_job_told(tmp_path):
         ((name, problem),) = pool.results(120)
         assert name == "bad"
         assert "nothing" in problem
+        pool.submit("fed", merged(values, {"steps": 4, "data": {"workers": 1}}), tmp_path / "fed")
+        assert pool.results(120) == [("fed", None)]
         assert pool.free == 1
     finally:
         pool.close()

@@ -120,7 +120,8 @@ class _Worker:
         self.connection, theirs = context.Pipe()
         # OpenMP reads it when torch is loaded; later the count can only fall
         with _environment("OMP_NUM_THREADS", str(threads)):
-            self.process = context.Process(target=_work, args=(theirs, threads, os.getpid()), daemon=True)
+            # no daemon: those may not have the processes that read a run's data
+            self.process = context.Process(target=_work, args=(theirs, threads, os.getpid()))
             self.process.start()
         theirs.close()
 
