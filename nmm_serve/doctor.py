@@ -12,8 +12,10 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from nmm_serve.vllm_plugin import ARCHITECTURE, VLLM_VERSION, vllm_distribution
@@ -96,6 +98,7 @@ def check_torch() -> list[Finding]:
     findings = [Finding("torch", "ok", seen["version"])]
     if seen["gpu"]:
         findings.append(Finding("gpu", "ok", f"{seen['gpu']} (CUDA {seen['cuda']})"))
+        findings.append(check_launcher())
     elif shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi"], capture_output=True).returncode == 0:
         advice = "install a torch built for CUDA" if seen["cuda"] is None else "check the driver with nvidia-smi"
         findings.append(Finding("gpu", "warning", "there is one, but torch does not see it", advice))
@@ -104,10 +107,23 @@ def check_torch() -> list[Finding]:
     return findings
 
 
+def check_launcher() -> Finding:
+    """Triton compiles a piece of C for each kernel that it starts on a GPU."""
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    missing = [] if any(map(shutil.which, ("gcc", "clang"))) else ["no C compiler (gcc or clang)"]
+    missing += [] if header.is_file() else [f"no {header}"]
+    if missing:
+        advice = (
+            "our kernels do not start on the GPU without: apt-get install gcc python3-dev, or your system's like of it"
+        )
+        return Finding("Triton", "problem", ", ".join(missing), advice)
+    return Finding("Triton", "ok", "finds a C compiler and Python.h")
+
+
 def check_transformers() -> list[Finding]:
     seen, error = probe("import json, nmm_serve, transformers; print(json.dumps({'v': transformers.__version__}))")
     if seen is None:
-        return [Finding("transformers", "problem", error, "pip install 'transformers>=5.16,<5.20'")]
+        return [Finding("transformers", "problem", error, "pip install 'transformers>=5.16'")]
     return [Finding("transformers", "ok", seen["v"])]
 
 

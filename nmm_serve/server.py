@@ -177,6 +177,7 @@ def server_environment(options: ServerOptions) -> dict[str, str]:
         "VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB": str(MAX_DOWNLOAD_BYTES // 2**20),
         "VLLM_MAX_IMAGE_PIXELS": str(MAX_PIXELS),
         "VLLM_NO_USAGE_STATS": "1",
+        "TRITON_F32_DEFAULT": "ieee",  # as in the vLLM engine: float32 is not TF32
         "HF_HUB_OFFLINE": "1",
     }
     if not on_gpu():

@@ -170,9 +170,7 @@ def load_resume(path: Path, model, optimizer, procs: Processes) -> dict[str, Any
             kind, name = key.split("/", 1)
             parameter = parameters[name]
             # the fused optimiser wants its step where the parameter is
-            value = (
-                file.get_tensor(key).to(parameter.device) if kind == "step" else read(file, key, parameter.detach())
-            )
+            value = file.get_tensor(key).to(parameter.device) if kind == "step" else read(file, key, parameter.detach())
             optimizer.state[parameter][kind] = value
     torch.set_rng_state(torch.tensor(state["torch_rng"], dtype=torch.uint8))
     return state

@@ -31,11 +31,11 @@ DEFINITIONS = {
     "documents of a batch to its longest. They lie in memory, encoded",
     "hf_packed": "transformers.Trainer with its defaults on nmm-train's own packed batches, which lie in memory",
     "tokens_per_s": "tokens that are no padding / seconds of the step",
-    "gemm_flops": "2 n^3 / seconds of a square matrix product, n = 1024, in the type and threads of the step; mean of "
-    "just before and just after each step",
+    "gemm_flops": "2 n^3 / seconds of a square matrix product, n = 1024, on a GPU 8192, in the type and threads of the "
+    "step; mean of just before and just after each step",
     "gemm_share": "matrix-product FLOPs of the step's real tokens, by the closed form, / seconds / gemm_flops",
     "peak_bytes": "on a CPU the most resident memory that the variant's process ever held, libraries included "
-    "(`libraries_bytes`: before model and data were made); on a GPU the most that torch had allocated",
+    "(`libraries_bytes`: before model and data were made); on a GPU the most that torch had allocated during a step",
     "data_wait": "share of the step that waited for documents; null where they lie in memory",
     "x_hf_padded, x_hf_packed": "tokens_per_s of dense / that of the other, of the same round",
     "moe_x_dense": "seconds of moe / seconds of dense, of the same round and batch",

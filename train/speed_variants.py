@@ -54,6 +54,7 @@ class Turns:
 
     def __init__(self, pipe: Connection, device: str, dtype: torch.dtype):
         self._pipe, self._device, self._dtype = pipe, device, dtype
+        self.peak_gpu_bytes = 0
 
     def ready(self, config: NMMConfig, parameters: int) -> None:
         counts = count_params(config)
@@ -72,6 +73,8 @@ class Turns:
         if self._pipe.recv() != "step":
             return False
         self._rate = gemm_rate(self._device, self._dtype)
+        if self._device == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # what was multiplied for the rate is not the step's
         self._start = time.perf_counter()
         return True
 
@@ -79,6 +82,7 @@ class Turns:
         """`positions`: of the batch, padding included. `data_wait`: share of the step that waited for data."""
         if self._device == "cuda":
             torch.cuda.synchronize()
+            self.peak_gpu_bytes = max(self.peak_gpu_bytes, torch.cuda.max_memory_allocated())
         seconds = time.perf_counter() - self._start
         rate = (self._rate + gemm_rate(self._device, self._dtype)) / 2
         answer = {"seconds": seconds, "loss": loss, "tokens": work["tokens"], "flops": work["flops"]}
@@ -92,20 +96,23 @@ def work(pipe: Connection, variant: Variant, setup: dict[str, Any]) -> None:
     """
     os.dup2(2, 1)  # what libraries print must not get between the parent's results
     torch.set_num_threads(setup["threads"])
+    # one GPU: with several, Hugging Face's Trainer would take them all, and cut our batches apart
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     libraries = resident_bytes("VmRSS")
     config = speed_config(setup["preset"], variant, setup["rows"], setup["context_length"])
     try:
         with tempfile.TemporaryDirectory(prefix="nmm-speed-") as folder:
             if variant in ("dense", "moe"):
-                our_steps(pipe, config, Path(folder))
+                gpu_peak = our_steps(pipe, config, Path(folder))
             else:
-                hugging_face_steps(pipe, config, Path(folder), setup["steps"], padded=variant == "hf_padded")
+                gpu_peak = hugging_face_steps(pipe, config, Path(folder), setup["steps"], padded=variant == "hf_padded")
     except NMMError as error:
         pipe.send({"error": str(error)})
         return
-    on_gpu = torch.cuda.is_available()
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resident_bytes("VmHWM")
-    pipe.send({"peak_bytes": peak, "libraries_bytes": 0 if on_gpu else libraries})
+    if torch.cuda.is_available():
+        pipe.send({"peak_bytes": gpu_peak, "libraries_bytes": 0})
+    else:
+        pipe.send({"peak_bytes": resident_bytes("VmHWM"), "libraries_bytes": libraries})
 
 
 def resident_bytes(field: Literal["VmRSS", "VmHWM"]) -> int | None:
@@ -120,8 +127,8 @@ def resident_bytes(field: Literal["VmRSS", "VmHWM"]) -> int | None:
     return next((int(line.split()[1]) * KIB for line in lines if line.startswith(field + ":")), None)
 
 
-def our_steps(pipe: Connection, config: TrainConfig, folder: Path) -> None:
-    """The step of `nmm-train run`."""
+def our_steps(pipe: Connection, config: TrainConfig, folder: Path) -> int:
+    """The step of `nmm-train run`. Returns the most bytes that a step held on a GPU."""
     trainer = Trainer(config, folder, lambda event: None)
     turns = Turns(pipe, trainer.device, trainer.dtype)
     turns.ready(trainer.model.config, trainer.model.num_parameters())
@@ -133,10 +140,11 @@ def our_steps(pipe: Connection, config: TrainConfig, folder: Path) -> None:
         turns.end(metrics["loss"], work, positions, metrics["data_wait"])
     trainer.loader.close()
     trainer.close()
+    return turns.peak_gpu_bytes
 
 
-def hugging_face_steps(pipe: Connection, config: TrainConfig, folder: Path, steps: int, *, padded: bool) -> None:
-    """What somebody would write who has the model class, the documents and transformers.Trainer."""
+def hugging_face_steps(pipe: Connection, config: TrainConfig, folder: Path, steps: int, *, padded: bool) -> int:
+    """What somebody would write who has the model class, the documents and transformers.Trainer. Returns as above."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -189,6 +197,7 @@ def hugging_face_steps(pipe: Connection, config: TrainConfig, folder: Path, step
     )
     turns.ready(model.config, model.num_parameters())
     trainer.train()
+    return turns.peak_gpu_bytes
 
 
 def tensors_of(batch: Batch) -> Tensors:

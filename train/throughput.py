@@ -9,9 +9,13 @@ from nmm_serve.config import NMMConfig
 from nmm_serve.sizing import ALL_PARTS, training_flops
 from nmm_serve.train.data.packing import Batch
 
+GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
+"""Of the square product that is the ceiling: large enough that its launch and its edges take no time to speak of."""
 
-def gemm_rate(device: str, dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> float:
+
+def gemm_rate(device: str, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """FLOP/s of a square matrix product here and now: the ceiling that MFU is a fraction of."""
+    size = GEMM_SIZE[device]
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     for _ in range(2):
         a @ b

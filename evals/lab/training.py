@@ -122,10 +122,13 @@ def _open(model: str, files: tuple[str, ...], seed: int) -> tuple[dict[str, Any]
     import torch
 
     from nmm_serve.checkpoint import load_model, load_processor
+    from nmm_serve.image_processor import takes_raw_pixels
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    half = device == "cuda"  # as nmm-train does: float32 weights, bfloat16 products
     network = load_model(model, None, device).train()
     processor = load_processor(model)
+    processor.image_processor.raw_pixels = takes_raw_pixels(device)
     own = processor.image_processor.image_size
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True)
     pictures = Pictures(files, seed)
@@ -157,7 +160,9 @@ def _open(model: str, files: tuple[str, ...], seed: int) -> tuple[dict[str, Any]
     def step(resolution: int | None, numbers: Sequence[int]) -> tuple[float, int]:
         batch, tokens = batch_of(resolution, numbers)
         begin = now()
-        network(**batch).loss.backward()
+        with torch.autocast(device, torch.bfloat16, enabled=half):
+            loss = network(**batch).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -166,5 +171,6 @@ def _open(model: str, files: tuple[str, ...], seed: int) -> tuple[dict[str, Any]
     def handle(what: str, *message: Any) -> Any:
         return step(*message) if what == "step" else resources.memory()
 
-    about = {"device": device, "dtype": str(network.dtype).removeprefix("torch."), "optimizer": "AdamW, fused"}
+    dtype = "bfloat16 products, float32 weights" if half else str(network.dtype).removeprefix("torch.")
+    about = {"device": device, "dtype": dtype, "optimizer": "AdamW, fused"}
     return about | {"compiled": False, "batch": BATCH}, handle

@@ -17,6 +17,9 @@ from nmm_serve.errors import ConfigError, ImageError, PromptError, unknown_name
 from nmm_serve.image_processor import takes_raw_pixels
 from nmm_serve.processor import Encoded
 
+ENCODER_SHAPES = 256
+"""Batches of images of so many sizes are compiled for, each when it first comes."""
+
 
 class Timed:
     """A function whose calls are timed, to the end of what they started on a GPU. `seconds` of the last call."""
@@ -81,6 +84,8 @@ class TorchEngine(InChunks):
         self.compile_encoder = compile_encoder and self.network.config.encoder is not None
         if self.compile_encoder:
             vision: Any = self.network.model.vision
+            # each number of images and patches is one more; past dynamo's limit it would go on uncompiled, and quietly
+            torch._dynamo.config.recompile_limit = ENCODER_SHAPES
             if torch.device(self.device).type == "cuda":
                 vision.compile(mode="reduce-overhead", dynamic=False)
             else:

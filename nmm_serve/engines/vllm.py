@@ -28,12 +28,15 @@ LOOK_AHEAD = 2
 """Full batches of prompts that `stream` has ready at most: what their images take is all that it holds in memory."""
 PREPARING_THREADS = min(4, os.cpu_count() or 1)
 """Decoding and scaling images runs beside the engine's steps; the rest of a prompt only between their operations."""
+MOST_CPU_CACHE = 2 << 30
+"""Bytes; but a request of full length always has room."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: a start takes seconds, and steps can be timed
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
+    "TRITON_F32_DEFAULT": "ieee",  # its kernels name no precision, and Triton's own for float32 is TF32
 }
 """Set where the user has not set them."""
 
@@ -77,13 +80,16 @@ class VLLMEngine:
 
     Args:
         model: checkpoint directory.
-        dtype: `auto` keeps the checkpoint's; else float32, bfloat16 or float16.
+        dtype: `auto` keeps the checkpoint's; else float32, bfloat16 or float16. On a GPU float32 is exact and slow: no
+            TF32, and no FlashAttention.
         max_model_len: context length; default the model's.
         max_num_seqs: requests that run at once.
         prefix_caching: reuse the keys and values of a prompt's beginning that was seen before.
         image_cache: keep the patches of recent images.
         enforce_eager: do not compile. Default: compile decoder and ViT on a GPU only; on a CPU it costs up to a minute
             at each start.
+        fitted_cache: on a GPU, room in the KV cache for `max_num_seqs` requests of full length; vLLM's own choice is
+            nearly all of the GPU's memory. On a CPU it is always fitted.
         seed: for requests that sample without a seed of their own.
         options: further vLLM engine arguments by their own names.
 
@@ -107,6 +113,7 @@ class VLLMEngine:
         prefix_caching: bool = True,
         image_cache: bool = True,
         enforce_eager: bool | None = None,
+        fitted_cache: bool = False,
         seed: int = 0,
         **options: Any,
     ):
@@ -146,8 +153,11 @@ class VLLMEngine:
         self.eager = on_cpu if enforce_eager is None else enforce_eager
         if options.get("tensor_parallel_size", 1) == options.get("pipeline_parallel_size", 1) == 1:
             options.setdefault("distributed_executor_backend", "uni")
-        if on_cpu and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-            options.setdefault("kv_cache_memory_bytes", self.cpu_cache_bytes(config))
+        if on_cpu and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:  # vLLM would take nearly all memory
+            one, needed = self.cache_bytes(config)
+            options.setdefault("kv_cache_memory_bytes", max(one, min(needed, MOST_CPU_CACHE)))
+        elif fitted_cache:
+            options.setdefault("kv_cache_memory_bytes", self.cache_bytes(config)[1])
         weights = str(config.dtype or torch.float32).removeprefix("torch.")
         settings: dict[str, Any] = {
             "dtype": weights if dtype == "auto" else dtype,
@@ -174,12 +184,11 @@ class VLLMEngine:
         self.prompts = Prompts(self.llm.renderer.mm_processor, image_cache, image_cache or prefix_caching)
         VLLMEngine.open_model = self.model
 
-    def cpu_cache_bytes(self, config) -> int:
-        """KV cache for CPUs, where vLLM would take nearly all memory: room for every running request at full length,
-        but no more than 2 GiB, and never less than one request takes."""
+    def cache_bytes(self, config) -> tuple[int, int]:
+        """KV cache of one request of full length, in float32, and of all that may run at once."""
         per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
         one = per_token * (self.context_length + 256)  # caches are cut into blocks of 128 tokens
-        return max(one, min(self.max_num_seqs * one, 2 << 30))
+        return one, self.max_num_seqs * one
 
     def __enter__(self):
         return self

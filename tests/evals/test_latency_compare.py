@@ -275,6 +275,7 @@ def test_encoders_are_compiled_in_a_comparison(gpu, monkeypatch):
     vllm = versus.settings("vllm", load, 3)
     assert vllm["enforce_eager"] is False
     assert vllm.get("compilation_config") == ({"cudagraph_mm_encoder": True} if gpu else None)
+    assert vllm.get("fitted_cache", False) == gpu
 
 
 def test_a_comparison_of_two_checkpoints(checkpoints, tmp_path):

@@ -78,6 +78,20 @@ def test_a_gpu_that_torch_cannot_see(monkeypatch):
     assert (gpu.level, gpu.advice) == ("warning", "install a torch built for CUDA")
 
 
+def test_a_gpu_without_what_starts_kernels_on_it(monkeypatch, tmp_path):
+    seen = {"version": "2.13.0", "cuda": "13.0", "gpu": "H200", "threads": 2}
+    monkeypatch.setattr(doctor, "probe", lambda code: (seen, ""))
+    monkeypatch.setattr(doctor.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    triton = only(doctor.check_torch(), "Triton")
+    assert triton.level == "problem"
+    assert "no C compiler" in triton.found
+    assert f"no {tmp_path / 'Python.h'}" in triton.found
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
+    assert only(doctor.check_torch(), "Triton").level == "ok"
+
+
 @pytest.mark.parametrize(
     ("found", "error", "level", "told"),
     [
