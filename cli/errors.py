@@ -46,6 +46,12 @@ class Command(click.Command):
         self.params.append(_debug_option())
 
 
+class Subgroup(click.Group):
+    """A group of commands below a console script's root."""
+
+    command_class = Command
+
+
 class Group(click.Group):
     """The root of a console script: `@click.group(cls=Group)`. Its commands become `Command`s by themselves."""
 

@@ -61,7 +61,13 @@ def _any_evaluation(command: Callable[..., None]) -> Callable[..., None]:
                 "--limit", type=click.IntRange(1), help="Only the first N items; the record is then not final."
             ),
             click.option("--batch-size", type=click.IntRange(1), help="Requests at once. Default: the engine's."),
-            click.option("--seed", type=int, default=0, show_default=True, help="Seed of the bootstrap."),
+            click.option(
+                "--seed",
+                type=int,
+                default=0,
+                show_default=True,
+                help="Of the bootstrap, of arrivals and of random weights. Another seed asks everything again.",
+            ),
             click.option("-o", "--output", type=_FILE, help="Where the record goes. Default: NAME-TASK.json here."),
             click.option("--json", "as_json", is_flag=True, help="Print the record, and nothing else, on stdout."),
         )

@@ -6,15 +6,11 @@ from typing import Any
 
 import click
 
-from nmm_serve.cli.errors import Command
+from nmm_serve.cli.errors import Subgroup
 from nmm_serve.cli.render import note, print_json, print_table, progress_bars, quiet_stdout
 
 
-class KernelsGroup(click.Group):
-    command_class = Command
-
-
-@click.group(cls=KernelsGroup)
+@click.group(cls=Subgroup)
 def kernels() -> None:
     """Measure and tune the mixture-of-experts kernels."""
 
@@ -24,7 +20,13 @@ def kernels() -> None:
     "--regime", type=click.Choice(["decode", "prefill", "train", "all"]), default="all", show_default=True,
     help="decode: 1 to 64 tokens; prefill: 1 k to 64 k; train: forward and backward.",
 )  # fmt: skip
-@click.option("--shapes", default="A,B,C,D", show_default=True, metavar="NAMES", help="Layer sizes, smallest first.")
+@click.option(
+    "--shapes",
+    default="A,B,C,D",
+    show_default=True,
+    metavar="NAMES",
+    help="Layer sizes, smallest first: hidden and expert width A 512/1024, B 1024/2816, C 2048/5632, D 4096/14336.",
+)
 @click.option(
     "--minutes", type=click.FloatRange(0, min_open=True), default=10, show_default=True,
     help="Time for everything. What it does not suffice for is named.",
@@ -104,6 +106,8 @@ def bench(
 def choose(records: Sequence[Path]) -> None:
     """Let RECORDS of the benchmark decide whose kernels vLLM uses on the GPUs that they were measured on.
 
+    The decision is kept in a table within the installed package.
+
     \b
     nmm-serve kernels choose kernels.json
     """
@@ -119,7 +123,10 @@ def choose(records: Sequence[Path]) -> None:
         record = read_json(path)
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise DataError(f"{path} is no record of `nmm-serve kernels bench -o`; expected the format {FORMAT!r}")
-        rows = rows_of(record)
+        try:
+            rows = rows_of(record)
+        except (KeyError, TypeError, AttributeError):
+            raise DataError(f"{path} is a damaged record; run the benchmark again") from None
         if not rows:
             raise DataError(
                 f"{path} has no cell that {OURS} and {THEIRS} were both timed in; install vLLM and repeat it"

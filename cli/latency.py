@@ -9,7 +9,7 @@ from typing import Any
 import click
 from rich.progress import Progress
 
-from nmm_serve.cli.errors import ItemsFailed
+from nmm_serve.cli.errors import Command, ItemsFailed
 from nmm_serve.cli.render import note, print_json, print_table, progress_bars, quiet_stdout
 
 _FILE = click.Path(path_type=Path)
@@ -192,7 +192,7 @@ def _print(document: dict[str, Any]) -> None:
         print_table(title, columns, rows)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("models", nargs=-1, required=True, type=_FILE)
 @click.option("--engine", callback=_listed, default="torch,vllm,onnx", show_default=True, help="Engines, by commas.")
 @click.option("--json", "as_json", is_flag=True, help="Print the ledger as JSON.")
@@ -215,7 +215,7 @@ def ledger(models: tuple[Path, ...], engine: tuple[str, ...], as_json: bool) -> 
         print_table(*tables.ledger_table(rows))
 
 
-@click.command(name="latency-report")
+@click.command(name="latency-report", cls=Command)
 @click.argument("comparison", type=_FILE)
 @click.option(
     "--quality", type=_FILE, multiple=True,

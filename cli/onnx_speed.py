@@ -24,7 +24,7 @@ _COUNT = click.IntRange(1)
     default=("none", "int8", "int4"), show_default=True,
 )  # fmt: skip
 @click.option("--threads", type=_COUNT, default=2, show_default=True)
-@click.option("--rounds", type=_COUNT, default=10, show_default=True, help="After one that is thrown away.")
+@click.option("--rounds", type=_COUNT, default=10, show_default=True, help="Timed rounds; one more warms up.")
 @click.option("--prompt-tokens", type=_COUNT, default=256, show_default=True)
 @click.option("--new-tokens", type=_COUNT, default=32, show_default=True)
 @click.option("--folder", type=_FILE, help="Where the models are put meanwhile. Default: the system's folder for that.")

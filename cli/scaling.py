@@ -1,20 +1,27 @@
 """nmm-train sweep and fit: train many sizes and budgets, and fit scaling laws to them."""
 
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from nmm_serve.cli.errors import Command
 from nmm_serve.cli.render import note, print_json, print_table, progress_bars, stderr_console
+from nmm_serve.errors import UsageError
+
+if TYPE_CHECKING:
+    from nmm_serve.train.sweep.run import Sweep
 
 
 @click.command(cls=Command)
 @click.argument("records", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the result as a JSON file, for `plan`.")
-@click.option("--bootstraps", type=click.IntRange(20), default=200, show_default=True, help="Resamples an interval.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the resamples.")
+@click.option(
+    "--bootstraps", type=click.IntRange(20), default=200, show_default=True, help="Resamples behind each interval."
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the resamples.")
 @click.option(
     "--plots", type=click.Path(path_type=Path, file_okay=False), help="Draw the plots as PNG into this folder."
 )
@@ -53,7 +60,7 @@ def fit(records: Path, as_json: bool, output: Path | None, bootstraps: int, seed
 
 @click.command(cls=Command)
 @click.argument("plan")
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the sweep.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the sweep; --estimate needs none.")
 @click.option("--estimate", "only_estimate", is_flag=True, help="Say what it will cost, and stop.")
 @click.option("--ray", metavar="ADDRESS", help="Train on a Ray cluster that shares OUT; 'auto' finds a running one.")
 @click.option(
@@ -61,9 +68,9 @@ def fit(records: Path, as_json: bool, output: Path | None, bootstraps: int, seed
     type=click.FloatRange(0),
     default=1.0,
     show_default=True,
-    help="GPUs a run, with --ray; 0 without GPUs.",
+    help="GPUs that each run takes, with --ray; 0 without GPUs.",
 )
-def sweep(plan: str, out: Path, only_estimate: bool, ray: str | None, gpu_share: float) -> None:
+def sweep(plan: str, out: Path | None, only_estimate: bool, ray: str | None, gpu_share: float) -> None:
     """Train every run of PLAN, a shipped plan's name or a YAML file, into OUT; write OUT/records.jsonl for `fit`.
 
     Each size is trained once, at a constant rate; its budgets branch off with a cool-down. A sweep that was stopped or
@@ -71,33 +78,22 @@ def sweep(plan: str, out: Path, only_estimate: bool, ray: str | None, gpu_share:
 
     \b
     Examples:
-      nmm-train sweep compact --out sweep --estimate
+      nmm-train sweep compact --estimate
       nmm-train sweep compact --out sweep
     """
-    import torch
-
-    from nmm_serve.train.sweep.estimate import count_all, estimate
     from nmm_serve.train.sweep.plan import load_plan
     from nmm_serve.train.sweep.pools import LocalPool, Pool, RayPool
     from nmm_serve.train.sweep.run import Sweep
-    from nmm_serve.train.throughput import gemm_rate
 
     loaded = load_plan(plan)
-    study = Sweep(loaded, out)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(loaded.threads)
-    rate = gemm_rate(device, torch.bfloat16 if device == "cuda" else torch.float32)
-    counts = count_all(list(study.runs.values()), study.processor)
-    cost = estimate(loaded, list(study.runs.values()), counts, rate)
-    small, large = cost.smallest.active / 1e6, cost.largest.active / 1e6
-    note(f"{cost.runs} runs off {cost.trunks} trunks, {small:.2f}M to {large:.2f}M active parameters")
-    note(f"{cost.flops:.2e} FLOPs ({cost.flops_alone:.2e} without shared trunks), {cost.disk / 1e9:.2f} GB on disk")
-    note(
-        f"about {cost.seconds / 3600:.1f} h with {loaded.workers} at a time, "
-        f"if each reaches {loaded.utilisation:.0%} of the {rate / 1e9:.0f} GFLOP/s measured on {device}"
-    )
     if only_estimate:
+        with tempfile.TemporaryDirectory(prefix="nmm-estimate-") as folder:
+            _tell_cost(Sweep(loaded, out or Path(folder)))
         return
+    if out is None:
+        raise UsageError("give the sweep's folder with --out")
+    study = Sweep(loaded, out)
+    _tell_cost(study)
     pool: Pool
     if ray is not None:
         pool = RayPool(ray, loaded.workers, loaded.threads, gpu_share)
@@ -111,6 +107,27 @@ def sweep(plan: str, out: Path, only_estimate: bool, ray: str | None, gpu_share:
     note(f"records: {records}")
 
 
+def _tell_cost(study: "Sweep") -> None:
+    """What the sweep will take, at the matrix rate of this machine."""
+    import torch
+
+    from nmm_serve.train.sweep.estimate import count_all, estimate
+    from nmm_serve.train.throughput import gemm_rate
+
+    plan, runs = study.plan, list(study.runs.values())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(plan.threads)
+    rate = gemm_rate(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    cost = estimate(plan, runs, count_all(runs, study.processor), rate)
+    small, large = cost.smallest.active / 1e6, cost.largest.active / 1e6
+    note(f"{cost.runs} runs off {cost.trunks} trunks, {small:.2f}M to {large:.2f}M active parameters")
+    note(f"{cost.flops:.2e} FLOPs ({cost.flops_alone:.2e} without shared trunks), {cost.disk / 1e9:.2f} GB on disk")
+    note(
+        f"about {cost.seconds / 3600:.1f} h with {plan.workers} at a time, "
+        f"if each reaches {plan.utilisation:.0%} of the {rate / 1e9:.0f} GFLOP/s measured on {device}"
+    )
+
+
 @click.command(cls=Command)
 @click.option("--flops", type=float, required=True, help="Training budget, e.g. 1e21.")
 @click.option("--family", default="early", show_default=True, help="Family to plan; the others are compared with it.")
@@ -120,7 +137,13 @@ def sweep(plan: str, out: Path, only_estimate: bool, ray: str | None, gpu_share:
     "--hardware", "device", default="h100", show_default=True, help="h100, h200, b200, a100, l40s, rtx4090 or mi300x."
 )
 @click.option("--devices", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--mfu", type=click.FloatRange(0, 1, min_open=True), default=0.4, show_default=True, help="Assumed.")
+@click.option(
+    "--mfu",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.4,
+    show_default=True,
+    help="Share of the hardware's peak that training is assumed to reach.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON.")
 def plan(
     flops: float,

@@ -17,7 +17,7 @@ _DTYPES = click.Choice(["auto", "float32", "bfloat16", "float16"])
 
 @click.group(cls=Group)
 def main() -> None:
-    """Serve native multimodal models with vLLM.
+    """Serve native multimodal models with vLLM or ONNX Runtime.
 
     \b
     nmm-serve doctor
@@ -50,8 +50,10 @@ main.add_command(kernels)
 @click.option("--max-num-seqs", type=click.IntRange(1), help="Requests that run at once. Default: 8 (onnx).")
 @click.option("--max-waiting", type=click.IntRange(0), help="onnx: requests in line before 429 is sent. Default: 64.")
 @click.option("--threads", type=click.IntRange(1), help="onnx: threads of the model. Default: one a physical core.")
-@click.option("--log-file", type=click.Path(path_type=Path, dir_okay=False), help="Append vLLM's log to this file.")
-@click.option("-v", "--verbose", is_flag=True, help="Show vLLM's log.")
+@click.option(
+    "--log-file", type=click.Path(path_type=Path, dir_okay=False), help="Append the server's log to this file."
+)
+@click.option("-v", "--verbose", is_flag=True, help="Show the server's log.")
 def launch(
     checkpoint: str,
     vllm_flags: tuple[str, ...],

@@ -24,7 +24,7 @@ GIB = 2**30
 @click.option("--threads", type=_COUNT, help="Threads of a step.  [default: as many as torch takes]")
 @click.option("--rows", type=_COUNT, default=4, show_default=True, help="Packed rows in a step.")
 @click.option("--context", "context_length", type=click.IntRange(2), default=512, show_default=True)
-@click.option("--rounds", type=_COUNT, default=5, show_default=True, help="After one that is thrown away.")
+@click.option("--rounds", type=_COUNT, default=5, show_default=True, help="Timed rounds; one more warms up.")
 @click.option("-o", "--output", type=_FILE, help="Write the record here.")
 @click.option("--json", "as_json", is_flag=True, help="Print the record instead of the tables.")
 def speed(

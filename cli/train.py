@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from nmm_serve.cli.errors import Group
+from nmm_serve.cli.errors import Group, Subgroup
 from nmm_serve.cli.merging import interpolate, merge
 from nmm_serve.cli.render import note, print_table, progress_bars
 from nmm_serve.cli.scaling import fit, plan, sweep
@@ -14,7 +14,7 @@ from nmm_serve.cli.speed import speed
 
 @click.group(cls=Group)
 def main() -> None:
-    """Train native multimodal models from scratch."""
+    """Train native multimodal models, from scratch or from parts of others, and fit their scaling laws."""
 
 
 main.add_command(sweep)
@@ -46,6 +46,8 @@ def run(config: str, out: Path, overrides: tuple[str, ...]) -> None:
     from nmm_serve.train.loop import train
 
     loaded = load_config(config, overrides)
+    if loaded.objective == "sft" and loaded.init_from is None and loaded.start.decoder is None:
+        note("fine-tuning a model from scratch: to go on from a checkpoint, --set init_from=RUN/final")
     if os.environ.get("RANK", "0") != "0":  # torchrun started several of us: the first one shows what happens
         train(loaded, out)
         return
@@ -121,32 +123,46 @@ def watch(runs: tuple[Path, ...]) -> None:
 
 @main.command()
 def recipes() -> None:
-    """List the recipes that ship with the project."""
-    from nmm_serve.train.config import load_config, recipe_names
+    """List the recipes that ship with the project, and what each wants to be given."""
+    from nmm_serve.train.config import load_config, recipe_about, recipe_names
 
     rows = []
     for name in recipe_names():
         config = load_config(name)
         rows.append([name, config.objective, config.model.preset, f"{config.steps:,}", f"{config.context_length}"])
     print_table("", ["recipe", "objective", "preset", "steps", "context"], rows)
+    for name in recipe_names():
+        click.echo(f"{name}: {recipe_about(name)}")
 
 
-@main.group(cls=click.Group)
+@main.group(cls=Subgroup)
 def data() -> None:
     """Make data sets."""
 
 
 @data.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True)
-@click.option("--images", type=click.IntRange(1), default=500, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--split",
+    type=click.Choice(["train", "val", "test"]),
+    default="test",
+    show_default=True,
+    help="Splits have no picture in common.",
+)
+@click.option("--images", type=click.IntRange(1), default=500, show_default=True, help="How many pictures.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Another seed, other pictures.")
 @click.option(
     "--jitter",
     type=click.IntRange(0),
     help="Pixels that an object may lie off the middle of its cell: few make an easy set.  [default: the whole cell]",
 )
-@click.option("--max-objects", type=click.IntRange(2, 5), default=5, show_default=True, help="Few make an easy set.")
+@click.option(
+    "--max-objects",
+    type=click.IntRange(2, 5),
+    default=5,
+    show_default=True,
+    help="Most objects in a picture; fewer are easier.",
+)
 def builtin(out: Path, split: str, images: int, seed: int, jitter: int | None, max_objects: int) -> None:
     """Write a split of the built-in data to OUT as images, COCO captions and VQA v2 files."""
     from nmm_serve.train.data.builtin import Difficulty, export

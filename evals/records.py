@@ -207,10 +207,29 @@ def load_record(path: Path) -> Record:
     absent = [key for key in ("model", "engine", "environment", "tasks", "created", "final") if key not in record]
     if absent:
         raise DataError(f"{path} is a damaged record: it lacks {', '.join(absent)}; run the evaluation again")
+    if wrong := _misshapen(record):
+        raise DataError(f"{path} is a damaged record: {wrong}; run the evaluation again")
     unknown = sorted(set(record["tasks"]) - set(TASKS))
     if unknown:
         raise DataError(f"{path} holds the unknown task {unknown[0]!r}; known: {', '.join(TASKS)}")
     return record
+
+
+def _misshapen(record: Record) -> str | None:
+    """What is not as a record has it, in what every reader of records goes by."""
+    for key, names in (("model", ("name",)), ("engine", ("name",)), ("environment", ()), ("tasks", ())):
+        if not isinstance(record[key], dict):
+            return f"{key!r} is no section"
+        for name in names:
+            if name not in record[key]:
+                return f"{key!r} has no {name!r}"
+    for task, section in record["tasks"].items():
+        if not isinstance(section, dict):
+            return f"task {task!r} is no section"
+        for name in ("n", "data") if task in ("vqa", "caption") else ():
+            if name not in section:
+                return f"task {task!r} has no {name!r}"
+    return None
 
 
 def load_items(record_path: Path, record: Record) -> list[dict[str, Any]]:

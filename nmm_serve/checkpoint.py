@@ -117,7 +117,8 @@ def check_checkpoint(path: str | Path) -> Path:
         raise CheckpointError(f"{path} is an exported model, not a checkpoint; give the directory it was exported from")
     missing = [name for name in REQUIRED if not (path / name).is_file()]
     if missing:
-        raise CheckpointError(f"{path} is not a checkpoint: it lacks {', '.join(missing)}")
+        run = f"; it is a run's folder: give {path / 'final'}" if (path / "final").is_dir() else ""
+        raise CheckpointError(f"{path} is not a checkpoint: it lacks {', '.join(missing)}{run}")
     try:
         model_type = json.loads((path / "config.json").read_text()).get("model_type")
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):

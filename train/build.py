@@ -48,6 +48,12 @@ def model_config(config: TrainConfig, processor: NMMProcessor) -> NMMConfig:
         elif not spec.family.startswith("late"):
             raise ConfigError(f"preset {spec.preset!r} is a late-fusion model; set model.family=late")
         if spec.family.endswith("moe"):
+            if spec.num_experts < 1:
+                dense = "late" if spec.family.startswith("late") else "early"
+                raise ConfigError(
+                    f"model.family {spec.family} needs model.num_experts, 8 in the paper, not {spec.num_experts}; "
+                    f"for a model without experts set model.family={dense}"
+                )
             values = built.to_dict() | {
                 "num_experts": spec.num_experts,
                 "num_experts_per_tok": spec.num_experts_per_tok,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import itertools
 import math
 import types
 import typing
@@ -216,6 +217,21 @@ def recipe_names() -> list[str]:
     return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
 
 
+def recipe_about(name: str) -> str:
+    """What the comment at its top says."""
+    text = (resources.files("nmm_serve.train.recipes") / f"{name}.yaml").read_text()
+    lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return " ".join(line.removeprefix("#").strip() for line in lines)
+
+
+def read_config_text(path: Path) -> str:
+    """Raises ConfigError for a file that is no text."""
+    try:
+        return path.read_text()
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not a text file; expected YAML in UTF-8") from None
+
+
 def load_config(recipe: str, overrides: typing.Sequence[str] = ()) -> TrainConfig:
     """A recipe's name or a YAML file, with `key.sub=value` overrides (values are YAML).
 
@@ -227,7 +243,7 @@ def load_config(recipe: str, overrides: typing.Sequence[str] = ()) -> TrainConfi
     elif path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise ConfigError(f"config file {path} does not exist")
-        text = path.read_text()
+        text = read_config_text(path)
     else:
         raise ConfigError(unknown_name("recipe", recipe, recipe_names()) + "; or give a .yaml file")
     try:
@@ -246,7 +262,10 @@ def load_config(recipe: str, overrides: typing.Sequence[str] = ()) -> TrainConfi
             target = target.setdefault(parent, {})
             if not isinstance(target, dict):
                 raise ConfigError(f"--set {key}: {parent!r} is not a section")
-        target[last] = yaml.safe_load(value)
+        try:
+            target[last] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {key}: {value!r} is not valid YAML; quote it, or close its brackets") from None
     return config_from(values)
 
 

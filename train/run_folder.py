@@ -12,6 +12,9 @@ import yaml
 from nmm_serve.errors import ConfigError, TrainingError
 from nmm_serve.train.config import TrainConfig
 
+TRACES = ("log.jsonl", "checkpoints", "base", "final")
+"""What a run leaves in its folder, beside its configuration."""
+
 _held: set[IO[str]] = set()
 
 
@@ -41,14 +44,14 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def keep_config(folder: Path, config: TrainConfig) -> None:
-    """Write `config.yaml`; a folder that has one is continued with the same. Raises ConfigError with the difference.
+    """Write `config.yaml`; a run that has begun is continued with the same. Raises ConfigError with the difference.
 
     A key that the file does not have yet had its default. `parallel` may differ: it changes where the work is done,
-    not what is computed.
+    not what is computed. A run has begun once its data and model could be opened.
     """
     path = folder / "config.yaml"
     values = yaml.safe_load(yaml.safe_dump(_plain(config.to_dict())))
-    if path.is_file():
+    if path.is_file() and any((folder / trace).exists() for trace in TRACES):
         defaults = _flat(_plain(TrainConfig().to_dict()))
         old, new = defaults | _flat(read_yaml(path)), _flat(values)
         changed = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k) and not k.startswith("parallel.")]

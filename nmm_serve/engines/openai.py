@@ -373,7 +373,7 @@ class OpenAIEngine:
                 if error.status_code == 404:
                     raise NotFound(f"{self.model}: {reason}") from error
                 if error.status_code < 500 and error.status_code not in RETRIED_STATUS:
-                    hint = "; give the server's API key" if error.status_code in (401, 403) else ""
+                    hint = "; set OPENAI_API_KEY to the server's key" if error.status_code in (401, 403) else ""
                     raise EngineError(f"{self.model}: {reason}{hint}") from error
                 wait = retry_after(error)
             except openai.APIError as error:  # an error event within a stream, or an answer that is no JSON

@@ -141,6 +141,7 @@ def test_choose_writes_the_table_that_vllm_reads(monkeypatch, tmp_path):
     ("document", "told"),
     [
         ({"format": "other"}, "is no record of `nmm-serve kernels bench -o`"),
+        ({"format": command.FORMAT, "cells": [{}]}, "is a damaged record"),
         ({"format": command.FORMAT, "cells": []}, "has no cell that nmm-serve and vLLM fused_moe were both timed in"),
     ],
 )

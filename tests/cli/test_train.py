@@ -42,6 +42,13 @@ def test_run_trains_and_says_where(tmp_path, recipe):
         (["run", "dmo", "--out", "x"], 1, "unknown recipe 'dmo'. Did you mean 'demo'?"),
         (["run", "none.yaml", "--out", "x"], 1, "config file none.yaml does not exist"),
         (["run", "demo", "--out", "x", "--set", "stepz=1"], 1, "Did you mean steps?"),
+        (["run", "demo", "--out", "x", "--set", "steps=[1"], 1, "'[1' is not valid YAML"),
+        (
+            ["run", "demo", "--out", "x", "--set", "model.family=moe", "--set", "model.num_experts=0"],
+            1,
+            "8 in the paper",
+        ),
+        (["sweep", "compact"], 2, "--out"),
         (["run", "demo", "--out", "x", "--set", "init_from=nowhere"], 1, "checkpoint directory nowhere does not exist"),
         (["run", "photo-grid", "--out", "x", "--set", "data.root=nowhere"], 1, "nowhere/captions_train.json"),
         (["run", "demo"], 2, "Missing option"),
@@ -55,6 +62,16 @@ def test_mistakes_are_one_clear_line(tmp_path, monkeypatch, args, code, message)
     assert result.exit_code == code, result.output
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_mistake_does_not_take_the_folder(tmp_path, recipe):
+    """The command that has it right goes into the same one."""
+    assert run("run", recipe, "--out", tmp_path / "run", "--set", "model.preset=nanoo").exit_code == 1
+    result = run("run", recipe, "--out", tmp_path / "run", "--set", "steps=3")
+    assert result.exit_code == 0, result.output
+    changed = run("run", recipe, "--out", tmp_path / "run", "--set", "steps=4")
+    assert changed.exit_code == 1
+    assert "holds a run with another configuration (steps: 3 -> 4)" in changed.stderr
 
 
 def test_bad_images_end_the_run_by_name(tmp_path, recipe):
@@ -76,6 +93,7 @@ def test_recipes_are_listed():
     result = run("recipes")
     assert result.exit_code == 0
     assert {"demo", "demo-sft", "photo-grid", "photo-grid-sft"} <= set(result.stdout.split())
+    assert "demo-sft: Fine-tuning after demo" in result.stdout
 
 
 def test_built_in_data_is_written_in_the_known_layout(tmp_path):

@@ -1,6 +1,7 @@
 """Whole evaluations through engines with known answers, and the records they leave."""
 
 import errno
+import json
 import os
 import random
 
@@ -173,6 +174,12 @@ def test_items_that_were_changed_are_refused(run, tmp_path):
         load_items(tmp_path / "out.json", record)
 
 
+SHAPE = {
+    "format": "nmm-serve/evaluation/1", "model": {"name": "a"}, "engine": {"name": "torch"}, "environment": {},
+    "tasks": {}, "created": "", "final": True,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -180,6 +187,9 @@ def test_items_that_were_changed_are_refused(run, tmp_path):
         ("[1]", "is not an evaluation record"),
         ('{"format": "other/1"}', "'other/1' document"),
         ('{"format": "nmm-serve/evaluation/1"}', "damaged record: it lacks model"),
+        (json.dumps(SHAPE | {"model": 3}), "damaged record: 'model' is no section"),
+        (json.dumps(SHAPE | {"engine": {}}), "damaged record: 'engine' has no 'name'"),
+        (json.dumps(SHAPE | {"tasks": {"vqa": {}}}), "damaged record: task 'vqa' has no 'n'"),
         ("", "is not JSON"),
     ],
 )

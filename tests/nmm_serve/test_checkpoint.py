@@ -53,6 +53,9 @@ def test_directories_that_are_no_checkpoint(tmp_path, copy):
         check_checkpoint(copy / "config.json")
     with pytest.raises(CheckpointError, match=r"lacks config\.json, tokenizer\.json"):
         check_checkpoint(tmp_path)
+    (tmp_path / "run/final").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=f"it is a run's folder: give {tmp_path}/run/final"):
+        check_checkpoint(tmp_path / "run")
     edit(copy / "config.json", model_type="llama")
     with pytest.raises(CheckpointError, match="holds a 'llama' model"):
         check_checkpoint(copy)

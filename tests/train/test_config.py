@@ -59,6 +59,9 @@ def test_files_that_are_none(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [1")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_config(str(tmp_path / "bad.yaml"))
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="bytes.yaml is not a text file"):
+        load_config(str(tmp_path / "bytes.yaml"))
     (tmp_path / "list.yaml").write_text("[1]")
     with pytest.raises(ConfigError, match="must be a mapping"):
         load_config(str(tmp_path / "list.yaml"))

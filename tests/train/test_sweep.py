@@ -119,6 +119,16 @@ def test_a_branch_is_the_run_trained_alone(swept, tmp_path):
         assert checkpoint_hash(alone) == checkpoint_hash(swept / "runs" / run.name / "final")
 
 
+def test_a_plan_may_change_until_its_first_run(tmp_path):
+    """Estimates of one plan after another, each with its own tokenizer."""
+    sizes = []
+    for vocabulary in (300, 320):
+        base = merged(PLAN["base"], {"tokenizer": {"vocab_size": vocabulary}})
+        sweep = Sweep(load_plan(write_plan(tmp_path / f"{vocabulary}.yaml", base=base)), tmp_path / "out")
+        sizes.append(len(sweep.processor.tokenizer))
+    assert sizes[0] < sizes[1]
+
+
 def test_records_are_what_fit_reads(swept):
     from nmm_serve.evals.scaling.records import load_records
 

@@ -19,7 +19,7 @@ import yaml
 from nmm_serve.errors import ConfigError, unknown_name
 from nmm_serve.matching import FAMILIES
 from nmm_serve.presets import preset
-from nmm_serve.train.config import TrainConfig, config_from
+from nmm_serve.train.config import TrainConfig, config_from, read_config_text
 
 Values = dict[str, Any]
 
@@ -80,7 +80,7 @@ def load_plan(source: str) -> Plan:
     elif source.endswith((".yaml", ".yml")):
         if not Path(source).is_file():
             raise ConfigError(f"plan {source} does not exist")
-        text = Path(source).read_text()
+        text = read_config_text(Path(source))
     else:
         raise ConfigError(unknown_name("plan", source, plan_names()) + "; or give a .yaml file")
     try:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,11 +50,14 @@ class Sweep:
             self.processor = self._processor(tokenizer)
 
     def _keep_plan(self) -> None:
-        """A folder belongs to one training set-up; sizes, families, mixtures and seeds may be added to it later."""
+        """A folder belongs to one training set-up, once a run was begun in it; sizes, families, mixtures and seeds may
+        be added to it later."""
         path = self.out / "plan.yaml"
         first = self.plan.seeds[0]  # its runs are named without it
         shared = {"base": self.plan.base, "cooldown": self.plan.cooldown, "tokens": self.plan.tokens}
-        if path.is_file():
+        if not (self.out / "runs").is_dir():
+            shutil.rmtree(self.out / "tokenizer", ignore_errors=True)  # it may be another plan's
+        elif path.is_file():
             old = read_yaml(path)
             changed = [key for key, value in shared.items() if old.get(key) != value]
             changed += ["first seed"] if old.get("seeds", [first])[0] != first else []
