@@ -16,6 +16,15 @@ INTERRUPTED = 130
 """Exit status of a command stopped with Ctrl-C, as shells count it (128 + SIGINT)."""
 
 
+ADVICE = {
+    errno.EEXIST: "A file is where a folder must be: give another path",
+    errno.ENOTDIR: "A file is where a folder must be: give another path",
+    errno.EISDIR: "It is a folder, and a file is expected",
+    errno.ENOENT: "Check the path, and make the folder if it is one to write into",
+    errno.EACCES: "You have no right to it: give another path, or change its permissions",
+}
+
+
 class ItemsFailed(NMMError):
     """The command ran to its end and wrote its results, but some items failed. They are named in the message."""
 
@@ -115,6 +124,7 @@ def describe(error: Exception) -> str:
             return f"disk full{where}. Free some space, or write to another disk; nothing half-written was kept"
         if error.errno == errno.EADDRINUSE:
             return f"the port is in use{where}. Stop what listens there or choose another --port"
-        return f"{(error.strerror or type(error).__name__).lower()}{where}"
+        advice = f". {ADVICE[error.errno]}" if error.errno in ADVICE else ""
+        return f"{(error.strerror or type(error).__name__).lower()}{where}{advice}"
     first = (str(error).splitlines() or [""])[0]
     return f"{type(error).__name__}: {first}\nThis was not expected; run again with --debug to see where it happened."
