@@ -51,7 +51,10 @@ def _any_evaluation(command: Callable[..., None]) -> Callable[..., None]:
     """The options of everything that asks a model."""
     for decorate in reversed(
         (
-            click.option("--model", help="Checkpoint directory, or the URL of an OpenAI-compatible server."),
+            click.option(
+                "--model",
+                help="Checkpoint directory, or the URL of an OpenAI-compatible server (its key: OPENAI_API_KEY).",
+            ),
             click.option(
                 "--engine",
                 help="torch (default), vllm, onnx (default for an exported model), or openai (default for a URL).",

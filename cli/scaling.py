@@ -22,10 +22,19 @@ if TYPE_CHECKING:
     "--bootstraps", type=click.IntRange(20), default=200, show_default=True, help="Resamples behind each interval."
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the resamples.")
+@click.option("--mixture", metavar="NAME", help="Only the runs of this mixture of data.")
 @click.option(
     "--plots", type=click.Path(path_type=Path, file_okay=False), help="Draw the plots as PNG into this folder."
 )
-def fit(records: Path, as_json: bool, output: Path | None, bootstraps: int, seed: int, plots: Path | None) -> None:
+def fit(
+    records: Path,
+    as_json: bool,
+    output: Path | None,
+    bootstraps: int,
+    seed: int,
+    mixture: str | None,
+    plots: Path | None,
+) -> None:
     """Fit L = E + A/N^alpha + B/D^beta to RECORDS, a JSON Lines file with one run a line.
 
     A run has at least family, n_params (active), tokens, flops, and loss or losses by data type.
@@ -39,6 +48,8 @@ def fit(records: Path, as_json: bool, output: Path | None, bootstraps: int, seed
     from nmm_serve.evals.scaling.study import fit_records, with_runs
 
     loaded = load_records(records)
+    if mixture is not None:
+        loaded = loaded.of_mixture(mixture)
     with progress_bars() as bars:
         task = bars.add_task("fitting", total=None)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nmm_serve.errors import DataError
+from nmm_serve.errors import DataError, unknown_name
 from nmm_serve.evals.scaling.space import Runs
 
 MEAN = "loss"
@@ -50,6 +50,16 @@ class Records:
 
     def of(self, family: str) -> list[SweepRecord]:
         return [run for run in self.runs if run.family == family]
+
+    def mixtures(self) -> list[str]:
+        """Data mixtures that the records name."""
+        return list(dict.fromkeys(str(run.values["mixture"]) for run in self.runs if run.values.get("mixture")))
+
+    def of_mixture(self, name: str) -> "Records":
+        """The runs of one mixture alone. Raises DataError for one that no record names."""
+        if name not in self.mixtures():
+            raise DataError(unknown_name("mixture of these records", name, self.mixtures()))
+        return Records([run for run in self.runs if run.values.get("mixture") == name], self.warnings)
 
 
 def targets(runs: Sequence[SweepRecord]) -> list[str]:

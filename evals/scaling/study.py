@@ -44,13 +44,15 @@ def fit_records(
     for done, (family, target) in enumerate(work):
         progress(f"{family}, {target}", done, len(work))
         fits.append(fit_target(records.of(family), family, target, bootstraps=bootstraps, seed=seed))
+    mixtures = records.mixtures()
+    mixed = [f"one law for {len(mixtures)} mixtures of data: {', '.join(mixtures)}"] if len(mixtures) > 1 else []
     if all(fit["E"] is None for fit in fits):
         raise DataError(f"no family can be fitted: {fits[0]['family']}: {fits[0]['warnings'][0]}")
     return {
         "format": FORMAT,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "fits": fits,
-        "warnings": records.warnings,
+        "warnings": records.warnings + mixed,
         "records": len(records.runs),
         "bootstraps": bootstraps,
         "seed": seed,

@@ -33,6 +33,20 @@ def test_fit_prints_a_table_and_warnings(tmp_path):
     assert sizes.startswith("warning: early, loss, text: "), "of both targets, and said once"
 
 
+def test_mixtures_are_fitted_apart_when_asked(tmp_path):
+    drawn = list(map(json.loads, lines(grid(SIZES, BUDGETS, EARLY, 0.005))))
+    records = [json.dumps(record | {"mixture": name}) for name in ("words", "half") for record in drawn]
+    path = str(write_records(tmp_path / "r.jsonl", records))
+    together = CliRunner().invoke(main, ["fit", path, "--bootstraps", "20", "--json"])
+    assert json.loads(together.stdout)["warnings"] == ["one law for 2 mixtures of data: words, half"]
+    apart = json.loads(
+        CliRunner().invoke(main, ["fit", path, "--bootstraps", "20", "--json", "--mixture", "half"]).stdout
+    )
+    assert (apart["records"], apart["warnings"]) == (len(drawn), [])
+    wrong = CliRunner().invoke(main, ["fit", path, "--mixture", "halv"])
+    assert (wrong.exit_code, "Did you mean 'half'" in wrong.stderr) == (1, True)
+
+
 @pytest.mark.parametrize("text", ['{"family": "early"}\n', ""])
 def test_fit_of_a_bad_file_is_one_line_and_exit_1(tmp_path, text):
     (tmp_path / "r.jsonl").write_text(text)
