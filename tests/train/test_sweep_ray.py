@@ -1,4 +1,5 @@
-"""Sweeps on Ray: a real cluster of one machine, a worker of it that dies, and Ctrl-C."""
+"""Sweeps on Ray: a cluster of one machine, one of two (Ray's own imitation: two of its nodes on this one), workers and
+machines that die, and Ctrl-C."""
 
 import json
 import os
@@ -72,6 +73,44 @@ def test_a_sweep_whose_worker_dies_has_the_records_of_an_undisturbed_one(tmp_pat
     assert len(problems) == 1
     assert problems[0].startswith("its Ray task died: ")
     assert "\n" not in problems[0]
+    assert records(tmp_path / "out") == records(tmp_path / "whole")
+
+
+@pytest.fixture
+def two_machines():
+    """A cluster of two nodes with one CPU each."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster()
+    for _ in range(2):
+        cluster.add_node(num_cpus=1, num_gpus=0, object_store_memory=100 << 20, include_dashboard=False)
+    yield cluster
+    cluster.shutdown()
+
+
+def test_a_sweep_survives_one_of_its_machines(two_machines, tmp_path):
+    """Two trunks, each on a machine of its own, until one of these goes down with its run."""
+    plan = write_plan(tmp_path / "plan.yaml", **LONGER, families=["early", "late"], workers=2)
+    sweep_once(plan, str(tmp_path / "whole"))
+    sweep = Sweep(load_plan(plan), tmp_path / "out")
+    pool = RayPool(two_machines.address, workers=2, threads=1, gpu_share=0)
+    lost: list[str] = []
+
+    def lose_one(sweep: Sweep) -> None:
+        busy = [name for name in sweep.runs if resume_points(sweep.folder(name) / "checkpoints")]
+        if not lost and len(busy) == 2:
+            lost.extend(busy)
+            two_machines.remove_node(two_machines.list_all_nodes()[-1], allow_graceful=False)
+
+    results, pool.results = pool.results, lambda seconds: results(0.05)
+    try:
+        sweep.train(pool, lose_one)
+    finally:
+        pool.close()
+    assert lost == ["early-atto", "late-atto"]
+    problems = [problem for state in sweep.states.values() for problem in state.problems]
+    assert problems
+    assert all(problem.startswith("its Ray task died: ") for problem in problems), problems
     assert records(tmp_path / "out") == records(tmp_path / "whole")
 
 
