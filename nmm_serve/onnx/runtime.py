@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from nmm_serve.errors import CheckpointError, ConfigError, EngineError, first_line
-from nmm_serve.onnx.huge_pages import huge_pages
 from nmm_serve.onnx.manifest import DECODER, IMAGE, Manifest, read_manifest
 
 INSTALL = "pip install 'nmm-serve[onnx]'"
@@ -45,9 +44,8 @@ class Runtime:
             raise ConfigError(f"threads must be at least 1, not {threads}")
         self.manifest: Manifest = read_manifest(path)
         self.onnxruntime = import_onnxruntime()
-        with huge_pages():
-            self.decoder = self._session(Path(path) / DECODER, threads)
-            self.front = self._session(Path(path) / IMAGE, threads)
+        self.decoder = self._session(Path(path) / DECODER, threads)
+        self.front = self._session(Path(path) / IMAGE, threads)
         m = self.manifest
         shape = (slots, m.num_key_value_heads, m.context_length, m.head_dim)
         names = [f"{kind}_{i}" for i in range(m.num_layers) for kind in ("key", "value")]
