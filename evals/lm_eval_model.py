@@ -19,7 +19,6 @@ import lm_eval.models  # noqa: F401
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from nmm_serve.chat import CHAT_TEMPLATE
@@ -29,14 +28,13 @@ from nmm_serve.engines.openai import OpenAIEngine
 from nmm_serve.errors import ConfigError, EngineError, ImageError, NMMError, PromptError
 from nmm_serve.evals.answers import Answers
 from nmm_serve.evals.lm_eval_prompts import ChatContext, Ids, chat_messages, prompts_for
+from nmm_serve.evals.lm_eval_requests import images_of, sampling_of
 from nmm_serve.evals.records import describe_model
 
 CHUNK = 256
 """Requests handed to the engine in one call. The engine batches them as it sees fit."""
 DEFAULT_NEW_TOKENS = 256
 """lm-eval's own, for tasks that do not say."""
-_WITHOUT_MEANING_IF_GREEDY = ("top_p", "top_k", "min_p")
-_NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "length_penalty": 1.0}
 
 StartTask = Callable[[str, int], Callable[[int], None]]
 
@@ -206,9 +204,9 @@ class NMM(TemplateLM):
         """`(log-probability in nats, is it what greedy decoding gives)` of each continuation."""
         asked: list[ScoreRequest | NMMError]
         if self.prompts is None:
-            asked = [ScoreRequest(context=r.args[0], continuation=r.args[1], images=_images(r)) for r in requests]
+            asked = [ScoreRequest(context=r.args[0], continuation=r.args[1], images=images_of(r)) for r in requests]
         else:
-            pairs = self.prompts.pairs([(r.args[0], r.args[1], len(_images(r))) for r in requests])
+            pairs = self.prompts.pairs([(r.args[0], r.args[1], len(images_of(r))) for r in requests])
             asked = [
                 pair if isinstance(pair, NMMError) else self._score_request(*pair, request)
                 for pair, request in zip(pairs, requests, strict=True)
@@ -250,7 +248,7 @@ class NMM(TemplateLM):
 
     def _score_request(self, context: Ids, target: Ids, request: Instance | None = None) -> ScoreRequest | PromptError:
         """Cut on the left what is too long, as lm-eval does."""
-        images = _images(request) if request else []
+        images = images_of(request) if request else []
         if not target:
             return PromptError("the continuation has no token of its own, so it has no likelihood")
         if len(target) > self.max_length:
@@ -296,11 +294,11 @@ class NMM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """What the model says after each context, up to the first of the task's stop strings."""
-        sampled = [self.sampling(request.args[1], i) for i, request in enumerate(requests)]
+        sampled = [sampling_of(request.args[1], self.max_gen_toks, self.seed + i) for i, request in enumerate(requests)]
         prompts: list[Any] = [request.args[0] for request in requests]
         if self.prompts is not None:
             local = [i for i, request in enumerate(requests) if not self._as_messages(request)]
-            made = self.prompts.contexts([(requests[i].args[0], len(_images(requests[i]))) for i in local])
+            made = self.prompts.contexts([(requests[i].args[0], len(images_of(requests[i]))) for i in local])
             for i, ids in zip(local, made, strict=True):
                 prompts[i] = ids
         asked: list[Request | NMMError] = [
@@ -318,7 +316,7 @@ class NMM(TemplateLM):
         return isinstance(self.engine, OpenAIEngine) and isinstance(request.args[0], ChatContext)
 
     def _request(self, request: Instance, prompt: Any, sampling: SamplingParams) -> Request | NMMError:
-        images = _images(request)
+        images = images_of(request)
         if isinstance(prompt, NMMError):
             return prompt
         if isinstance(prompt, ChatContext):
@@ -355,33 +353,6 @@ class NMM(TemplateLM):
             return [output if output.error is None else PromptError(output.error) for output in outputs]
 
         return self._ask(asked, owners, ask, progress)
-
-    def sampling(self, gen_kwargs: dict[str, Any], position: int) -> SamplingParams:
-        """Raises ConfigError for an option that no engine has: leaving it out would change the task."""
-        options = dict(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
-        until, max_tokens = options.pop("until", []), options.pop("max_gen_toks")
-        sampled, temperature = options.pop("do_sample", False), options.pop("temperature", None)
-        temperature = float(1.0 if temperature is None else temperature) if sampled else 0.0
-        greedy = temperature == 0
-        for name in _WITHOUT_MEANING_IF_GREEDY if greedy else ():
-            options.pop(name, None)
-        top_p = options.pop("top_p", None)
-        for name, neutral in _NEUTRAL.items():
-            if options.get(name) == neutral:
-                del options[name]
-        unknown = sorted(name for name, value in options.items() if value is not None)
-        if unknown:
-            raise ConfigError(
-                f"the task asks for the generation option {unknown[0]}={options[unknown[0]]!r}, which the engines do "
-                "not have; known: until, max_gen_toks, do_sample, temperature, top_p"
-            )
-        return SamplingParams(
-            max_tokens=int(max_tokens),
-            temperature=temperature,
-            top_p=1.0 if top_p is None else float(top_p),
-            seed=None if greedy else self.seed + position,
-            stop=tuple(stop for stop in until if stop),
-        )
 
     # ---- answers and failures
 
@@ -430,21 +401,8 @@ class NMM(TemplateLM):
         return value(answer)
 
 
-def _images(request: Instance) -> list[Any]:
-    """The third argument, which lm-eval adds to tasks with images."""
-    extra = request.args[-1]
-    images = extra.get("visual") if isinstance(extra, dict) and len(request.args) > _plain_arguments(request) else None
-    if images is None:
-        return []
-    return list(images) if isinstance(images, (list, tuple)) else [images]
-
-
-def _plain_arguments(request: Instance) -> int:
-    return 1 if request.request_type == "loglikelihood_rolling" else 2
-
-
 def _refuse_document(request: Instance, ids: Ids) -> PromptError | None:
-    if _images(request):
+    if images_of(request):
         return PromptError("a document with images has no rolling likelihood")
     return None if ids else PromptError("an empty document has no likelihood")
 

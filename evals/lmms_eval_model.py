@@ -8,6 +8,7 @@ from lmms_eval.api.model import lmms
 from nmm_serve.engines.base import Request
 from nmm_serve.errors import PromptError
 from nmm_serve.evals.lm_eval_model import CHUNK, NMM
+from nmm_serve.evals.lm_eval_requests import sampling_of
 
 
 class NMMForLMMs(lmms):
@@ -29,7 +30,7 @@ class NMMForLMMs(lmms):
         for position, request in enumerate(requests):
             _, doc_to_messages, gen_kwargs, doc_id, task, split = request.args
             messages, images = plain_messages(doc_to_messages(self.task_dict[task][split][doc_id]), f"{task}/{doc_id}")
-            sampling = self.inner.sampling(gen_kwargs, position)
+            sampling = sampling_of(gen_kwargs, self.inner.max_gen_toks, self.inner.seed + position)
             asked.append((f"{task}/{doc_id}", Request(messages=messages, images=images, sampling=sampling)))
         answers = []
         for start in range(0, len(asked), CHUNK):
