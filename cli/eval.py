@@ -71,7 +71,12 @@ def _any_evaluation(command: Callable[..., None]) -> Callable[..., None]:
                 show_default=True,
                 help="Of the bootstrap, of arrivals and of random weights. Another seed asks everything again.",
             ),
-            click.option("-o", "--output", type=_FILE, help="Where the record goes. Default: NAME-TASK.json here."),
+            click.option(
+                "-o",
+                "--output",
+                type=_FILE,
+                help="Where the record goes. Default: NAME-TASK.json here, latency-comparison.json with --compare.",
+            ),
             click.option("--json", "as_json", is_flag=True, help="Print the record, and nothing else, on stdout."),
         )
     ):

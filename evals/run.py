@@ -14,7 +14,7 @@ from typing import Any
 
 from nmm_serve.engines import default_engine, open_engine
 from nmm_serve.engines.base import Engine, Output
-from nmm_serve.errors import NMMError
+from nmm_serve.errors import DataError, NMMError
 from nmm_serve.evals import caption, latency, text, vqa
 from nmm_serve.evals.answers import Answers, identity
 from nmm_serve.evals.asking import ask
@@ -358,6 +358,11 @@ def _latency_images(files: Files, questions: VQASet | None, images: CaptionSet |
         paths = [q.image for q in questions.questions]
     elif files.captions is not None:
         paths = [i.image for i in load_captions(files).images]
+    elif files.questions is None:
+        raise DataError(
+            "requests need pictures: give --data, a folder with captions or questions, or time checkpoints with "
+            "--compare, which makes pictures up"
+        )
     else:
         paths = [q.image for q in load_vqa(files).questions]
     return tuple(dict.fromkeys(paths))

@@ -12,7 +12,7 @@ pytest.importorskip("pycocoevalcap", reason="needs the extra `evals`")
 
 from nmm_serve.errors import DataError
 from nmm_serve.evals import caption
-from nmm_serve.evals.datasets import find_files
+from nmm_serve.evals.datasets import Files, find_files
 from nmm_serve.evals.latency import Load
 from nmm_serve.evals.records import load_items, load_record, write_record
 from nmm_serve.evals.run import Options, evaluate, failures, load_data
@@ -198,6 +198,11 @@ def test_a_file_that_is_no_record(tmp_path, content, message):
     path.write_text(content)
     with pytest.raises(DataError, match=message):
         load_record(path)
+
+
+def test_requests_without_pictures_say_where_to_take_them(tmp_path):
+    with pytest.raises(DataError, match="give --data, .*or time checkpoints with --compare"):
+        load_data(Options(tasks=("latency",), files=Files(), out=tmp_path / "x.json"))
 
 
 def test_a_full_disk_leaves_no_half_record(tmp_path, monkeypatch):
