@@ -10,7 +10,7 @@ Legend: `moe_reference.py`; M all tokens, padded; KP choices padded.
 import triton
 import triton.language as tl
 
-from nmm_serve.kernels.grouped_triton import gather_rows, load_weight
+from nmm_serve.kernels.grouped_triton import gather_rows, halves, load_gate_up, load_weight
 
 
 @triton.jit
@@ -33,14 +33,12 @@ def decode_up_kernel(
     mine_M, slot_M = who_chose(expert, e, T, K, KP, BM)
     if tl.max(mine_M.to(tl.int32), 0) > 0:
         t_M = tl.arange(0, BM)
-        gate_MN = tl.zeros((BM, BN), tl.float32)
-        up_MN = tl.zeros((BM, BN), tl.float32)
+        both_MN = tl.zeros((BM, 2 * BN), tl.float32)
         for d in range(0, D, BK):
             x_ML = gather_rows(x, t_M, mine_M, d, D, BK)
-            gate_NL = load_weight(w, e, n, d, 2 * F, D, BN, BK, TMA)
-            up_NL = load_weight(w, e, F + n, d, 2 * F, D, BN, BK, TMA)
-            gate_MN = tl.dot(x_ML, gate_NL.T, gate_MN, input_precision=PRECISION)
-            up_MN = tl.dot(x_ML, up_NL.T, up_MN, input_precision=PRECISION)
+            w_NL = load_gate_up(w, e, n, d, F, D, BN, BK, TMA)
+            both_MN = tl.dot(x_ML, w_NL.T, both_MN, input_precision=PRECISION)
+        gate_MN, up_MN = halves(both_MN, BM, 2 * BN)
         act_MN = gate_MN / (1.0 + tl.exp(-gate_MN)) * up_MN
         act_MN *= tl.load(weight + slot_M, mask=mine_M, other=0.0)[:, None]
         n_N = n + tl.arange(0, BN)

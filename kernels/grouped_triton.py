@@ -30,6 +30,28 @@ def load_weight(w, e, row, col, rows, cols, BR: tl.constexpr, BC: tl.constexpr, 
 
 
 @triton.jit
+def load_gate_up(w, e, row, col, F, cols, BR: tl.constexpr, BC: tl.constexpr, TMA: tl.constexpr):
+    """The gate's rows `row : row + BR` of w [E, 2F, D] over the up projection's, [2 BR, BC]; zero past F.
+
+    One product with both has one accumulator: two could not be started anew in a loop over tiles without a stop of the
+    tensor cores.
+    """
+    if TMA:
+        return w.load([e, 0, row, col]).reshape(2 * BR, BC)
+    else:
+        r_R, c_C = tl.arange(0, 2 * BR), col + tl.arange(0, BC)
+        inside_R = row + r_R % BR
+        address = (e * (2 * F) + r_R // BR * F + inside_R)[:, None].to(tl.int64) * cols + c_C[None, :]
+        return tl.load(w + address, mask=(inside_R < F)[:, None] & (c_C < cols)[None, :], other=0.0)
+
+
+@triton.jit
+def halves(x_MN, BM: tl.constexpr, BN: tl.constexpr):
+    """The left and the right half of a tile's columns."""
+    return x_MN.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
 def load_rows(a, row, col, end, cols, BR: tl.constexpr, BC: tl.constexpr, TMA: tl.constexpr):
     """a[row : row + BR, col : col + BC]. Rows past `end` are another expert's or zero, and never used."""
     if TMA:
@@ -80,13 +102,31 @@ def swizzle(tile, num_m, num_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def store_swiglu(
+    gate_MC, up_MC, pre, act, row, end, n, F, KEEP_PRE: tl.constexpr, BM: tl.constexpr, C: tl.constexpr
+):  # fmt: skip
+    """Columns n : n + C of a tile of the activation and, in training, of the pre-activation."""
+    n_C = n + tl.arange(0, C)
+    real_MC = (row + tl.arange(0, BM) < end)[:, None] & (n_C < F)[None, :]
+    # 64 bits for the tile's first row, 32 inside it: 64-bit addresses of every element would spill
+    if KEEP_PRE:
+        line = pre + row.to(tl.int64) * (2 * F)
+        inside_MC = tl.arange(0, BM)[:, None] * (2 * F) + n_C[None, :]
+        tl.store(line + inside_MC, gate_MC.to(pre.dtype.element_ty), mask=real_MC)
+        tl.store(line + F + inside_MC, up_MC.to(pre.dtype.element_ty), mask=real_MC)
+    act_MC = gate_MC / (1.0 + tl.exp(-gate_MC)) * up_MC
+    inside_MC = tl.arange(0, BM)[:, None] * F + n_C[None, :]
+    tl.store(act + row.to(tl.int64) * F + inside_MC, act_MC.to(act.dtype.element_ty), mask=real_MC)
+
+
+@triton.jit
 def up_kernel(
     x, w, order, offset, act, pre, E, D, F,
     K: tl.constexpr, EP: tl.constexpr, KEEP_PRE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
     PERSISTENT: tl.constexpr,
 ):  # fmt: skip
-    """Gather in the load, gate and up as two accumulators over the same rows, SwiGLU in the epilogue."""
+    """Gather in the load, gate and up side by side in one accumulator, SwiGLU in the epilogue."""
     start_E, length_E, last_E = tiles_of_experts(offset, E, BM, EP)
     num_m, num_n = tl.max(last_E, 0), tl.cdiv(F, BN)
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=PERSISTENT):
@@ -96,26 +136,16 @@ def up_kernel(
         real_M = r_M < end
         token_M = tl.load(order + r_M, mask=real_M, other=0) // K
         n = tile_n * BN
-        gate_MN = tl.zeros((BM, BN), tl.float32)
-        up_MN = tl.zeros((BM, BN), tl.float32)
+        both_MN = tl.zeros((BM, 2 * BN), tl.float32)
         for d in range(0, D, BK):
             x_ML = gather_rows(x, token_M, real_M, d, D, BK)
-            # a gate tile that runs past F reads rows of `up`: they land in columns that are not stored
-            gate_NL = load_weight(w, e, n, d, 2 * F, D, BN, BK, TMA)
-            up_NL = load_weight(w, e, F + n, d, 2 * F, D, BN, BK, TMA)
-            gate_MN = tl.dot(x_ML, gate_NL.T, gate_MN, input_precision=PRECISION)
-            up_MN = tl.dot(x_ML, up_NL.T, up_MN, input_precision=PRECISION)
-        n_N = n + tl.arange(0, BN)
-        real_MN = real_M[:, None] & (n_N < F)[None, :]
-        if KEEP_PRE:
-            line = pre + row.to(tl.int64) * (2 * F)
-            inside_MN = tl.arange(0, BM)[:, None] * (2 * F) + n_N[None, :]
-            tl.store(line + inside_MN, gate_MN.to(pre.dtype.element_ty), mask=real_MN)
-            tl.store(line + F + inside_MN, up_MN.to(pre.dtype.element_ty), mask=real_MN)
-        act_MN = gate_MN / (1.0 + tl.exp(-gate_MN)) * up_MN
-        # 64 bits for the tile's first row, 32 inside it: 64-bit addresses of every element would spill
-        inside_MN = tl.arange(0, BM)[:, None] * F + n_N[None, :]
-        tl.store(act + row.to(tl.int64) * F + inside_MN, act_MN.to(act.dtype.element_ty), mask=real_MN)
+            w_NL = load_gate_up(w, e, n, d, F, D, BN, BK, TMA)
+            both_MN = tl.dot(x_ML, w_NL.T, both_MN, input_precision=PRECISION)
+        gate_MN, up_MN = halves(both_MN, BM, 2 * BN)
+        gate_0, gate_1 = halves(gate_MN, BM, BN)
+        up_0, up_1 = halves(up_MN, BM, BN)
+        store_swiglu(gate_0, up_0, pre, act, row, end, n, F, KEEP_PRE, BM, BN // 2)
+        store_swiglu(gate_1, up_1, pre, act, row, end, n + BN // 2, F, KEEP_PRE, BM, BN // 2)
 
 
 @triton.jit
@@ -179,12 +209,6 @@ def swiglu_backward(
     dgate_MQ = dact_MQ * up_MQ * (sigmoid_MQ + silu_MQ * (1.0 - sigmoid_MQ))
     tl.store(line + inside_MQ, dgate_MQ.to(dpre.dtype.element_ty), mask=real_MQ)
     return part_M
-
-
-@triton.jit
-def halves(x_MN, BM: tl.constexpr, BN: tl.constexpr):
-    """The left and the right half of a tile's columns."""
-    return x_MN.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
 
 
 @triton.jit

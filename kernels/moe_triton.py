@@ -50,6 +50,14 @@ def _weight(w: torch.Tensor, block_row: int, block_col: int, tma: bool) -> Any:
     return TensorDescriptor.from_tensor(w, [1, block_row, block_col]) if tma else w
 
 
+def _gate_up(w_E2FD: torch.Tensor, block_row: int, block_col: int, tma: bool) -> Any:
+    """As above, of tiles that hold as many rows of the gate as of the up projection."""
+    if not tma:
+        return w_E2FD
+    E, F2, D = w_E2FD.shape
+    return TensorDescriptor.from_tensor(w_E2FD.view(E, 2, F2 // 2, D), [1, 2, block_row, block_col])
+
+
 def _rows(a: torch.Tensor, block_row: int, block_col: int, tma: bool) -> Any:
     return TensorDescriptor.from_tensor(a, [block_row, block_col]) if tma else a
 
@@ -140,7 +148,7 @@ def up_proj(x_TD, gate_up_E2FD, order_N, offset_E1, top_k, keep_pre):
     act_NF, pre_N2F = x_TD.new_empty(R, F), x_TD.new_empty(R if keep_pre else 0, F2)
     grid = _programs(_row_tiles(R, E, c["BM"]) * triton.cdiv(F, c["BN"]), c, x_TD.device)
     grouped_triton.up_kernel[grid](
-        x_TD, _weight(gate_up_E2FD, c["BN"], c["BK"], tma), order_N, offset_E1, act_NF,
+        x_TD, _gate_up(gate_up_E2FD, c["BN"], c["BK"], tma), order_N, offset_E1, act_NF,
         pre_N2F if keep_pre else act_NF, E, D, F,
         K=top_k, EP=_pow2(E), KEEP_PRE=keep_pre, PERSISTENT=c["per_sm"] > 0, **_options(c, x_TD.dtype, tma),
     )  # fmt: skip
@@ -181,7 +189,7 @@ def decode_up(x_TD, gate_up_E2FD, expert_TK, weight_TK):
     tma = _tma(gate_up_E2FD)
     act_NF = x_TD.new_empty(T * K, F)
     decode_triton.decode_up_kernel[E, triton.cdiv(F, c["BN"])](
-        x_TD, _weight(gate_up_E2FD, c["BN"], c["BK"], tma), expert_TK, weight_TK, act_NF, T, D, F,
+        x_TD, _gate_up(gate_up_E2FD, c["BN"], c["BK"], tma), expert_TK, weight_TK, act_NF, T, D, F,
         K=K, KP=_pow2(K), **_options(c, x_TD.dtype, tma),
     )  # fmt: skip
     return act_NF

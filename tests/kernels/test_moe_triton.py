@@ -99,6 +99,9 @@ def test_every_configuration_compiles_for_hopper(kernel, regime, config, tools, 
         assert compiled.count("HGMMA" if wide else "HMMA") > 0, "no tensor-core instruction"
         steps = config["num_stages"] - (not wide)
         assert compiled.shared_bytes >= steps * moe_configs.stage_bytes(kernel, regime, config), "a shorter pipeline"
+        assert "serialized" not in triton_aot.assembler_says(compiled, tmp_path), (
+            "each product waits for the one before"
+        )
 
 
 @pytest.mark.parametrize("kernel", ["route", "route_backward", "count_experts", "sort_slots", "combine"])

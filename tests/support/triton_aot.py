@@ -38,6 +38,7 @@ class Compiled:
     registers: int
     stack_bytes: int
     shared_bytes: int
+    ptx: str
     sass: str
 
     def count(self, instruction: str) -> int:
@@ -101,4 +102,13 @@ def compile_ahead(launch: Launch, folder: Path, capability: int = 90) -> Compile
 
     usage = re.search(r"REG:(\d+) STACK:(\d+)", dump("--dump-resource-usage"))
     assert usage is not None
-    return Compiled(int(usage[1]), int(usage[2]), compiled.metadata.shared, dump("--dump-sass"))
+    metadata, ptx = compiled.metadata, compiled.asm["ptx"]
+    return Compiled(int(usage[1]), int(usage[2]), metadata.shared, ptx, dump("--dump-sass"))
+
+
+def assembler_says(compiled: Compiled, folder: Path) -> str:
+    """What NVIDIA's assembler remarks on the code for Hopper, such as a loss of speed."""
+    source = folder / "kernel.ptx"
+    source.write_text(compiled.ptx)
+    command = [TOOLS / "ptxas", "-v", "--gpu-name=sm_90a", source, "-o", folder / "kernel.cubin"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
