@@ -18,14 +18,15 @@ import torch
 from nmm_serve.kernels.bench import check
 from nmm_serve.kernels.bench.device import Device, Pass
 from nmm_serve.kernels.bench.peers import OURS, Peer, Prepared, Weights
-from nmm_serve.kernels.bench.plan import Cell, Shape, router_logits, work
+from nmm_serve.kernels.bench.plan import Cell, Shape, router_logits, step_bytes, work
 from nmm_serve.kernels.bench.roofline import Roofline
 
 CACHE_MULTIPLE = 4
 LEAST_ROUNDS, MOST_ROUNDS = 5, 50
 WARMUP = 2
-MOST_GRAPH_TOKENS = 4096
-"""Of a training step: a graph keeps the step's memory while the other peers run, and launches no longer count."""
+MOST_GRAPH_BYTES = 6e9
+"""Of a training step: a graph keeps the step's memory while the other peers run. Steps that take more are so long that
+launches no longer count."""
 
 
 def make_copies(shape: Shape, device: Device, dtype: torch.dtype, requires_grad: bool) -> list[Weights]:
@@ -209,8 +210,8 @@ def prepare(entry: Entry, cell: Cell, copies: Sequence[Weights], device: Device,
     if not peer.graph:
         entry.graph_reason = "waits for the host"
         return
-    if training and cell.tokens > MOST_GRAPH_TOKENS:
-        entry.graph_reason = f"not captured beyond {MOST_GRAPH_TOKENS} tokens of training"
+    if training and step_bytes(cell, expected.x_TD.element_size()) > MOST_GRAPH_BYTES:
+        entry.graph_reason = f"not captured: a step holds over {MOST_GRAPH_BYTES / 1e9:g} GB"
         return
     try:
         captured = device.capture(run)

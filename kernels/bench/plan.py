@@ -99,3 +99,9 @@ def work(cell: Cell, logits_TE: torch.Tensor, element_size: int) -> Work:
         num_bytes=passes * element_size * (active * shape.weights + 2 * T * shape.hidden),
         flops=passes * 2 * T * cell.top_k * shape.weights,
     )
+
+
+def step_bytes(cell: Cell, element_size: int) -> int:
+    """What a training step has in memory beside the weights, about: activations, their gradients and the weights'."""
+    shape, rows = cell.shape, cell.tokens * cell.top_k
+    return element_size * (rows * (6 * shape.intermediate + 4 * shape.hidden) + shape.experts * shape.weights)

@@ -14,7 +14,7 @@ from nmm_serve.kernels.bench import check, measure, roofline, tune
 from nmm_serve.kernels.bench.device import CpuDevice
 from nmm_serve.kernels.bench.measure import make_copies, measure_cell
 from nmm_serve.kernels.bench.peers import OURS, PEERS, Peer, Prepared, Weights
-from nmm_serve.kernels.bench.plan import REGIMES, ROUTINGS, SHAPES, Cell, Shape, cells, router_logits, work
+from nmm_serve.kernels.bench.plan import REGIMES, ROUTINGS, SHAPES, Cell, Shape, cells, router_logits, step_bytes, work
 from nmm_serve.kernels.bench.roofline import Roofline, Work
 from nmm_serve.kernels.bench.run import run
 
@@ -101,6 +101,15 @@ def test_least_work_counts_the_experts_in_use_and_the_backward_pass():
     ceiling = Roofline(bandwidth=10.0, flop_rate=100.0)
     assert (ceiling.seconds(Work(20, 50)), ceiling.bound(Work(20, 50))) == (2.0, "bandwidth")
     assert (ceiling.seconds(Work(1, 500)), ceiling.bound(Work(1, 500))) == (5.0, "compute")
+
+
+def test_graphs_hold_the_training_steps_that_launches_count_in():
+    def captured(name, tokens):
+        return step_bytes(Cell(SHAPES[name], "train", tokens, 2, ROUTINGS[0]), 2) <= measure.MOST_GRAPH_BYTES
+
+    assert all(captured(name, 4096) for name in SHAPES)
+    assert captured("A", 65536)
+    assert not captured("D", 16384)
 
 
 def test_weights_in_turn_are_many_times_the_cache_and_all_alike():
