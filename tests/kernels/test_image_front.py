@@ -123,7 +123,9 @@ def test_kernels_compile_for_hopper(dtype, tmp_path):
         assert compiled.stack_bytes == compiled.count("STL") == compiled.count("LDL") == 0
         assert compiled.shared_bytes <= triton_aot.HOPPER_SHARED_BYTES
         assert (compiled.count("HGMMA") > 0) == (dtype == torch.bfloat16)
-        assert "serialized" not in triton_aot.assembler_says(compiled, tmp_path), "each product waits for the one before"
+        assert "serialized" not in triton_aot.assembler_says(compiled, tmp_path), (
+            "each product waits for the one before"
+        )
 
 
 def test_the_number_of_images_and_patches_never_means_a_new_compilation():
