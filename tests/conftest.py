@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 # From the root, `import kernels` or `import train` would find the source folders a second time, under a wrong name.
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 # On a machine with a GPU the suite runs without it first, and vLLM's CUDA build does not work without one.
-if vllm_distribution() is not None and vllm_distribution()[0] == "vllm" and not torch.cuda.is_available():
+if (vllm_distribution() or ("", ""))[0] == "vllm" and not torch.cuda.is_available():
     sys.modules["vllm"] = None  # type: ignore[assignment]  # `importorskip` finds none
 # Tests are imported one by one (--import-mode=importlib), so shared helpers need a place on the path.
 sys.path.insert(0, str(ROOT / "tests/support"))

@@ -34,11 +34,11 @@ from nmm_serve.train.distributed import (
 )
 from nmm_serve.train.log import RunLog
 from nmm_serve.train.memory import keep_freed_memory
-from nmm_serve.train.opening import BASE, open_run
+from nmm_serve.train.opening import open_run
 from nmm_serve.train.optim import build_optimizer, lr_factor, set_lr
 from nmm_serve.train.parts import describe_parts, freeze
 from nmm_serve.train.resume import rng_state, save_resume, step_of
-from nmm_serve.train.run_folder import keep_config, locked
+from nmm_serve.train.run_folder import BASE, keep_config, locked
 from nmm_serve.train.sharded_resume import BackgroundSaves
 from nmm_serve.train.throughput import batch_work, gemm_rate
 from nmm_serve.train.validate import Validation

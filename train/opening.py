@@ -18,10 +18,8 @@ from nmm_serve.train.config import TrainConfig
 from nmm_serve.train.data.mixture import Mixture
 from nmm_serve.train.distributed import Processes, fingerprint
 from nmm_serve.train.resume import check_base, check_point, load_resume, resume_points
+from nmm_serve.train.run_folder import BASE
 from nmm_serve.train.sharded_resume import check_sharded, is_sharded, load_sharded, open_sharded
-
-BASE = "base"
-"""Beside a run's checkpoints: the model that its adapters were put on."""
 
 
 @dataclass

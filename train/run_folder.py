@@ -12,7 +12,9 @@ import yaml
 from nmm_serve.errors import ConfigError, TrainingError
 from nmm_serve.train.config import TrainConfig
 
-TRACES = ("log.jsonl", "checkpoints", "base", "final")
+BASE = "base"
+"""Beside a run's checkpoints: the model that its adapters were put on."""
+TRACES = ("log.jsonl", "checkpoints", BASE, "final")
 """What a run leaves in its folder, beside its configuration."""
 
 _held: set[IO[str]] = set()

@@ -150,8 +150,8 @@ def _train_in_ray(values: Values, out: str, threads: int, directory: str) -> str
 
 
 class RayPool:
-    """Ray tasks on a cluster whose machines share the sweep's folder. Tried with two of
-    Ray's nodes on one machine, not on several machines.
+    """Ray tasks on a cluster whose machines share the sweep's folder. Tried with two of Ray's nodes on one machine, not
+    on several.
 
     Raises ConfigError without Ray, or when no machine of the cluster has `threads` CPUs and `gpu_share` GPUs;
     TrainingError when the cluster cannot be reached.
