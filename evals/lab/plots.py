@@ -97,7 +97,8 @@ def _legend_of_names(drawn: Drawing, names: Sequence[str], marks: Sequence[str] 
 
 
 def parts(document: dict[str, Any]) -> str | None:
-    """Medians of the parts stacked, for the first cell of each run whose engine tells them."""
+    """Medians of the parts stacked, for the first cell of each run whose engine tells them. `wait_s` is a difference of
+    times, so its median may be below 0: such a part has no bar there, and the axis says so."""
     bars = []
     for run in document["runs"]:
         for result in _first_cell(run)["results"]:
@@ -114,7 +115,9 @@ def parts(document: dict[str, Any]) -> str | None:
             lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
         axes.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=8)
         axes.invert_yaxis()
-        axes.set_xlabel("ms of one request, medians of its parts")
+        below = [name for i, name in enumerate(PARTS) if any(medians[i] < 0 for _, medians in bars)]
+        hidden = f" (not drawn where below 0: {', '.join(name.removesuffix('_s') for name in below)})" if below else ""
+        axes.set_xlabel(f"ms of one request, medians of its parts{hidden}")
         legend_above(drawn, axes)
     return drawn.svg
 

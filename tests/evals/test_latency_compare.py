@@ -14,7 +14,7 @@ from nmm_serve.cli.eval import main
 from nmm_serve.engines.base import Output, Timing
 from nmm_serve.errors import DataError, EngineError
 from nmm_serve.evals import stats
-from nmm_serve.evals.lab import contenders, document, interleave, ledger, partners, training, versus
+from nmm_serve.evals.lab import contenders, document, interleave, ledger, partners, plots, training, versus
 from nmm_serve.evals.lab.page import write_page
 from nmm_serve.evals.latency import Load
 from nmm_serve.sizing import count_params
@@ -178,6 +178,15 @@ class FakeSteps:
             raise EngineError("no memory left")
         self.seen.append(tuple(numbers))
         return self.slowness * (1 + numbers[0] % 5), 10
+
+
+@pytest.mark.parametrize("wait_s", [0.25, -0.25])
+def test_a_part_below_zero_has_no_bar_and_the_plot_says_so(wait_s):
+    medians = {name: {"p50": 1.0} for name in plots.PARTS} | {"wait_s": {"p50": wait_s}}
+    cell = {"results": [{"model": "early", "parts": medians}]}
+    drawn = plots.parts({"runs": [{"group": "nano", "engine": "torch", "cells": [cell]}]})
+    assert drawn is not None
+    assert ("not drawn where below 0: wait)" in drawn) == (wait_s < 0)
 
 
 def test_training_steps_are_paired_on_the_same_samples():
