@@ -1,7 +1,7 @@
 """Intervals and paired comparisons by the bootstrap, with images as clusters.
 
 Questions about one image are not independent, so whole images are drawn with replacement and every question of a drawn
-image comes along. Every interval is the percentile interval. Everything is vectorised over resamples: a statistic takes
+image comes along. Every interval is the percentile interval, of `centred` resamples where the statistic needs it. Everything is vectorised over resamples: a statistic takes
 a matrix of counts (how often each cluster was drawn in each resample) instead of a list of drawn samples.
 
 Shape suffixes: R resamples, C clusters (images), N items, Q quantiles.
@@ -70,6 +70,15 @@ def bootstrap(
 ) -> Array:
     """The statistic of every resample. `statistic` maps counts_RC to values_R (NaN where it is not defined)."""
     return np.concatenate([statistic(counts_RC) for counts_RC in draw_counts(num_clusters, resamples, seed)])
+
+
+def centred(values_R: Array, value: float) -> Array:
+    """Resamples moved so that their mean is `value`, the statistic of the data themselves.
+
+    For a statistic that the drawing itself moves: an image drawn twice makes its own n-grams less rare, so CIDEr of
+    resamples is too low, and their plain percentiles miss the truth on that side.
+    """
+    return values_R + (value - np.nanmean(values_R))
 
 
 def percentile_interval(values_R: Array, num_clusters: int, unit: str, level: float = LEVEL) -> Interval | None:

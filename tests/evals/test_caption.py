@@ -59,6 +59,39 @@ def test_cider_resampler_equals_pycocoevalcap():
         assert found == pytest.approx(expected, abs=1e-9)
 
 
+def test_interval_of_cider_holds_the_mean_over_sets():
+    """Images of rare words, each drawn twice in some resamples: plain percentiles lie too low."""
+    rng = np.random.default_rng(0)
+
+    def caption_of(words):
+        return " ".join(f"w{w}" for w in np.where(rng.random(8) < 0.6, words, rng.integers(2000, size=8)))
+
+    scores, plain, ours = [], [], []
+    for _ in range(60):
+        topics = rng.integers(2000, size=(20, 8))
+        resampler = CiderResampler(
+            *zip(*[(caption_of(t), [caption_of(t) for _ in range(3)]) for t in topics], strict=True)
+        )
+        scores.append(resampler.scores(np.ones((1, 20), int))[0])
+        drawn = stats.bootstrap(resampler.scores, 20, 100)
+        for found, values in ((plain, drawn), (ours, stats.centred(drawn, scores[-1]))):
+            interval = stats.percentile_interval(values, 20, "image")
+            assert interval is not None
+            found.append(interval)
+    held_plain, held_ours = (sum(i.low <= np.mean(scores) <= i.high for i in found) for found in (plain, ours))
+    assert held_plain < 48 <= held_ours, "of 60 that should hold it in 57"
+
+
+def test_the_interval_of_cider_is_centred():
+    images, predictions = make(20)
+    scored = caption.score(images, predictions, tokenizer=FallbackTokenizer(), resamples=200)
+    resampler = CiderResampler(*tokens_of(images, predictions))
+    drawn = stats.centred(stats.bootstrap(resampler.scores, 20, 200), resampler.scores(np.ones((1, 20), int))[0])
+    interval = scored.intervals["CIDEr"]
+    assert interval is not None
+    assert (interval.low, interval.high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]))
+
+
 def test_captions_that_match_nothing_score_zero():
     images, predictions = make(4)
     scored = caption.score(images, dict.fromkeys(predictions, "zebra"), tokenizer=FallbackTokenizer(), resamples=10)
