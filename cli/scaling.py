@@ -85,7 +85,7 @@ def sweep(plan: str, out: Path | None, only_estimate: bool, ray: str | None, gpu
     """Train every run of PLAN, a shipped plan's name or a YAML file, into OUT; write OUT/records.jsonl for `fit`.
 
     Each size is trained once, at a constant rate; its budgets branch off with a cool-down. A sweep that was stopped or
-    killed goes on when you type the same command again. Shipped plans: compact (2 cores, half a night), gpu-20min, paper.
+    killed goes on when you type the same command again. Shipped plans: compact (2 cores, hours), gpu-20min, paper.
 
     \b
     Examples:

@@ -30,6 +30,8 @@ def vqa(questions: Path, annotations: Path, results: Path, as_json: bool) -> Non
     asked = read_questions(questions, annotations)
     scored = vqa.score(asked, read_answers(results, asked))
     official = scored.official()
+    if (few := vqa.few_answers(asked)) is not None:
+        note(few)
     if as_json:
         others = {"exact_match": scored.exact_match, "relaxed_accuracy": scored.relaxed_accuracy}
         items = [{"question_id": item["question_id"], "score": item["score"]} for item in scored.items()]

@@ -30,8 +30,8 @@ RESAMPLES_PER_PAIR = 200
 DEFINITIONS = {
     "difference": "score of a minus score of b on the same items",
     "interval": (
-        "95 % percentile bootstrap interval, drawing whole images, the same for both models; for CIDEr, which drawing an "
-        "image twice lowers, moved by the bootstrap's own bias"
+        "95 % percentile bootstrap interval, drawing whole images, the same for both models; for CIDEr, which drawing "
+        "an image twice lowers, moved by the bootstrap's own bias"
     ),
     "p_value": "two-sided: twice the smaller share of resampled differences on one side of zero; not below 2/(R+1)",
     "p_holm": "p_value after Holm's correction over all pairs of this metric",
@@ -53,8 +53,8 @@ Statistic = Callable[[stats.Array], stats.Array]
 
 @dataclass(frozen=True)
 class Measure:
-    """One quantity of every model, and how to compute it on a draw. `paired`: one draw serves all models; `centred`: the
-    drawing itself moves it (`stats.centred`)."""
+    """One quantity of every model, and how to compute it on a draw. `paired`: one draw serves all models; `centred`:
+    the drawing itself moves it (`stats.centred`)."""
 
     name: str
     statistics: tuple[Statistic, ...]
@@ -245,8 +245,10 @@ def _latency_measures(
         left_out["latency"] = "the records were made on different machines"
         return []
     sections = [record["tasks"]["latency"] for record in records]
-    if len({(section["output_tokens"], section["prompt"]) for section in sections}) > 1:
-        left_out["latency"] = "the records asked for different numbers of tokens, or with different prompts"
+    if len({(section["output_tokens"], section["prompt"], section.get("images")) for section in sections}) > 1:
+        left_out["latency"] = (
+            "the records asked for different numbers of tokens, with different prompts, or about different pictures"
+        )
         return []
     levels = [{level["concurrency"]: level for level in section["levels"]} for section in sections]
     shared = sorted(set.intersection(*map(set, levels)))

@@ -184,9 +184,13 @@ def _splits(data: Path) -> str:
 def _fingerprint(files: Files, sources: Sequence[Path], images: Sequence[Path]) -> dict[str, Any]:
     """What the numbers stand on: hashes of the annotation files, and how many images of how many bytes."""
     distinct = sorted(set(images))
+    names = [path.name for path in sources]  # not the folders: the same data elsewhere are the same data
+    titles = [name if names.index(name) == i else f"{name} #{i + 1}" for i, name in enumerate(names)]
     return {
         "split": files.split,
-        "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sources},
+        "files": {
+            title: hashlib.sha256(path.read_bytes()).hexdigest() for title, path in zip(titles, sources, strict=True)
+        },
         "images": len(distinct),
         "image_bytes": sum(path.stat().st_size for path in distinct),
     }

@@ -141,7 +141,7 @@ def measure(
     numbers = iter(range(10**9))
 
     def take(workload: Workload, count: int) -> list[Request]:
-        return [workload.request(pictures, next(numbers)) for _ in range(count)]
+        return [workload.request(pictures, first) for first in workload.take(numbers, count)]
 
     resources.reset_peak()
     levels = [

@@ -167,12 +167,21 @@ def items_path(record_path: Path) -> Path:
 def write_record(record: Record, items: Iterable[Mapping[str, Any]], path: Path) -> None:
     """Write the items beside the record, then the record. Both appear whole or not at all; OSError when they cannot."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(item, ensure_ascii=False, allow_nan=False) + "\n" for item in items]
-    payload = "".join(lines).encode()
+    lines = [_json_line(item) for item in items]
+    payload = b"".join(lines)
     beside = items_path(path)
     _write_atomically(beside, payload)
     record["items"] = {"file": beside.name, "count": len(lines), "sha256": hashlib.sha256(payload).hexdigest()}
-    _write_atomically(path, (json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    _write_atomically(path, _json_line(record, indent=2))
+
+
+def _json_line(document: Mapping[str, Any], indent: int | None = None) -> bytes:
+    """Readable in any script; half a surrogate pair, which annotations may hold and UTF-8 cannot, stays an escape."""
+    text = json.dumps(document, indent=indent, ensure_ascii=False, allow_nan=False)
+    try:
+        return f"{text}\n".encode()
+    except UnicodeEncodeError:
+        return f"{json.dumps(document, indent=indent, allow_nan=False)}\n".encode()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -241,6 +241,7 @@ def _run_vqa(
         "speed": speed,
         **_failed((q.question_id, answers[q.question_id]) for q in data.questions),
         "cut_at_max_tokens": sum(o.finish_reason == "length" for o in answers.values()),
+        "few_answers": vqa.few_answers(data.questions),
         **vqa.baselines(data.questions),
     }
     numbers = _vqa_numbers(good, scored, options.seed) if scored else None

@@ -1,8 +1,9 @@
 """Intervals and paired comparisons by the bootstrap, with images as clusters.
 
 Questions about one image are not independent, so whole images are drawn with replacement and every question of a drawn
-image comes along. Every interval is the percentile interval, of `centred` resamples where the statistic needs it. Everything is vectorised over resamples: a statistic takes
-a matrix of counts (how often each cluster was drawn in each resample) instead of a list of drawn samples.
+image comes along. Every interval is the percentile interval, of `centred` resamples where the statistic needs it.
+Everything is vectorised over resamples: a statistic takes a matrix of counts (how often each cluster was drawn in each
+resample) instead of a list of drawn samples.
 
 Shape suffixes: R resamples, C clusters (images), N items, Q quantiles.
 """

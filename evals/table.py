@@ -47,11 +47,15 @@ def joined(records: Sequence[Record]) -> list[list[int]]:
 
 
 def join(records: Sequence[Record]) -> Record:
-    """The one record of `joined` ones."""
+    """The one record of `joined` ones. Its machine is the one on which times were taken, if any were."""
+    timed = next((record for record in records if "latency" in record["tasks"]), records[0])
+    unfinished = {task: reason for record in records for task, reason in record.get("unfinished", {}).items()}
     engines = dict.fromkeys(record["engine"]["name"] for record in records)
     return records[0] | {
         "engine": records[0]["engine"] | {"name": ", ".join(engines)},
+        "environment": timed["environment"],
         "final": all(record["final"] for record in records),
+        **({"unfinished": unfinished} if unfinished else {}),
         "tasks": {task: section for record in records for task, section in record["tasks"].items()},
         "samples": {image: src for record in records for image, src in record.get("samples", {}).items()},
     }
@@ -79,6 +83,8 @@ def remarks(records: Sequence[Record]) -> list[str]:
                 of = section["n"] + section.get("train_documents", 0)
                 consequence = "they were not checked" if task == "contamination" else "no score is given"
                 lines.append(f"{name}: {task}: {section['failed']} of {of} items failed; {consequence}")
+            if section.get("few_answers"):
+                lines.append(f"{name}: {task}: {section['few_answers']}")
             for left_out, reason in (section.get("left_out") or {}).items():
                 lines.append(f"{name}: {task}: {left_out} left out: {reason}")
             for metric, reason in (section.get("metric_reasons") or {}).items():

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ def scores(
         else:
             metrics[shown] = number(value)
     if len(kept) == len(documents):
-        intervals = {shown: _interval(shown, kept, seed) for shown in metrics}
+        intervals = {shown: _interval(task, shown, kept, seed) for shown in metrics}
         return {"metrics": metrics, "stderr": stderr, "intervals": intervals}
     reason = (
         f"{len(documents) - len(kept)} of {len(documents)} items failed; a score over fewer items is not this task's "
@@ -59,15 +60,26 @@ def _aggregate(task: Any, shown: str, documents: Sequence[dict[str, Any]]) -> fl
     return number(aggregation(values)) if aggregation and values else None
 
 
-def _interval(shown: str, documents: Sequence[dict[str, Any]], seed: int) -> dict[str, Any] | None:
-    """Of means of numbers, and of rates: sums of likelihoods over sums of sizes. Other metrics have none."""
+def _interval(task: Any, shown: str, documents: Sequence[dict[str, Any]], seed: int) -> dict[str, Any] | None:
+    """Of means of numbers, of perplexities, which are exp(-mean), and of rates: sums of likelihoods over sums of sizes.
+    Other metrics have none."""
     values = _values(shown, documents)
+    aggregation = getattr(task.aggregation().get(shown.partition(",")[0]), "__name__", None)
     interval: Interval | None = None
     if shown in RATES and values:
         interval = _rate_interval(shown, np.array(values, dtype=float), seed)
-    elif values and all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+    elif aggregation in ("mean", "perplexity") and values and all(map(_is_number, values)):
         interval = mean_interval(values, range(len(values)), seed=seed, unit="document")
-    return None if interval is None else interval.as_dict()
+        if interval is not None and aggregation == "perplexity":
+            with np.errstate(over="ignore"):
+                interval = replace(interval, low=float(np.exp(-interval.high)), high=float(np.exp(-interval.low)))
+    if interval is None or not (math.isfinite(interval.low) and math.isfinite(interval.high)):
+        return None
+    return interval.as_dict()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _rate_interval(metric: str, values_N2: Any, seed: int) -> Interval | None:

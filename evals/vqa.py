@@ -256,6 +256,23 @@ def _best_answer(questions: Iterable[AnsweredQuestion]) -> str:
     return max(candidates, key=lambda c: raw[c] + normal[normalise(c)])
 
 
+ENOUGH_ANSWERS = 4
+"""With fewer, leaving one of them out keeps every prediction below 100 %."""
+
+
+def few_answers(questions: Sequence[AnsweredQuestion]) -> str | None:
+    """What must be known of an accuracy over questions with too few answers; None where all have enough."""
+    few = sum(len(q.answers) < ENOUGH_ANSWERS for q in questions)
+    if not few:
+        return None
+    best = percent([max(accuracy(q.answers, answer) for answer in q.answers) for q in questions])
+    return (
+        f"{few} of {len(questions)} questions have fewer than {ENOUGH_ANSWERS} answers, and the official accuracy "
+        f"leaves one out in turn: nothing can score above {best:.2f} % here; go by exact match, or repeat a single "
+        "answer ten times in the annotations"
+    )
+
+
 FOLDS = 5
 
 

@@ -71,7 +71,7 @@ def interleave(
     warmup: dict[str, dict[str, Any]] = {name: {"requests": 0, "failed": 0, "first_e2e_s": None} for name in outputs}
     failures: list[dict[str, str]] = []
     for round_ in range(-load.warmup, load.waves(cell.concurrency)):
-        wave = [next(numbers) for _ in range(cell.concurrency)]
+        wave = cell.workload.take(numbers, cell.concurrency)
         for model in models:
             progress(len(wave))
             if model.name not in outputs:

@@ -123,11 +123,11 @@ class Comparison:
         progress = self.start_task(
             f"{group.label} {engine}", sum(cell.requests(self.load) for cell in plan) * len(group.contenders)
         )
-        done = sum(cell.requests(self.load) for cell in plan[: len(run["cells"])])
-        progress(done * len(group.contenders))
+        done = plan[: len(run["cells"])]
+        progress(sum(cell.requests(self.load) for cell in done) * len(group.contenders))
         if run["final"]:
             return
-        numbers = itertools.count(done)
+        numbers = itertools.count(sum(cell.requests(self.load) * cell.workload.width for cell in done))
         exports: dict[str, float | None] = {}
 
         def start(contender: Contender) -> Worker:

@@ -1,8 +1,10 @@
 """What is asked of an engine: requests of a stated shape, each with images of its own, the same for every engine."""
 
+import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +49,28 @@ class Workload:
         changed: dict[str, Any] = {field: value}
         return replace(self, **changed)
 
-    def request(self, pictures: "Pictures", index: int) -> Request:
-        """Request number `index`; no two of different numbers share an image, or the beginning of a prompt."""
+    @property
+    def width(self) -> int:
+        """How many numbers a request takes: each image has one of its own."""
+        return max(1, self.images)
+
+    def take(self, numbers: Iterator[int], count: int) -> list[int]:
+        """The first number of each of `count` requests. No two requests share a number, whatever their shapes."""
+        own = (list(islice(numbers, self.width)) for _ in range(count))
+        return [first for first, *_ in own]
+
+    def request(self, pictures: "Pictures", first: int) -> Request:
+        """The request whose numbers begin at `first`; no two requests share an image, or the beginning of a prompt."""
         words = self.prompt
         if self.prompt_words is not None:
             words = " ".join(_WORDS[i % len(_WORDS)] for i in range(self.prompt_words))
         if not self.images:
-            words = f"{index} {words}"  # without an image in front, only this keeps a prefix cache from answering
+            words = f"{first} {words}"  # without an image in front, only this keeps a prefix cache from answering
         content: list[dict[str, Any]] = [{"type": "image"}] * self.images
         content.append({"type": "text", "text": words})
         return Request(
             messages=[{"role": "user", "content": content}],
-            images=tuple(pictures.picture(index * self.images + i) for i in range(self.images)),
+            images=tuple(pictures.picture(first + i) for i in range(self.images)),
             sampling=SamplingParams(max_tokens=self.output_tokens, ignore_eos=True),
         )
 
@@ -78,9 +90,20 @@ class Pictures:
 
     def describe(self) -> str:
         if self.files:
-            return f"{len(self.files)} files in turn; from the second round on a corner square tells the rounds apart"
+            return (
+                f"{len(self.files)} files in turn ({self._fingerprint()}); from the second round on a corner square "
+                "tells the rounds apart"
+            )
         width, height = SYNTHETIC_SIZE
         return f"synthetic JPEGs of {width}x{height} pixels, seed {self.seed}"
+
+    def _fingerprint(self) -> str:
+        """Of names and sizes, so that it takes no reading: two records of one and of another folder are not alike."""
+        digest = hashlib.sha256()
+        for file in map(Path, self.files):
+            size = file.stat().st_size if file.exists() else None
+            digest.update(f"{file.name}\0{size}\0".encode(errors="surrogateescape"))
+        return f"names and sizes: {digest.hexdigest()[:12]}"
 
     def picture(self, index: int) -> Image.Image:
         """Raises ImageError for a file that is no image."""

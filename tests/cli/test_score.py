@@ -63,6 +63,19 @@ def test_vqa_document(vqa_files):
     assert items[-1] == {"question_id": 1051, "score": 0.0}
 
 
+@pytest.mark.parametrize(("kept", "best"), [(1, "0.00"), (3, "66.67"), (4, None)])
+def test_too_few_answers_are_said(vqa_files, tmp_path, kept, best):
+    file = tmp_path / "data" / "vqa_val_annotations.json"
+    document = json.loads(file.read_text())
+    for annotation in document["annotations"]:
+        annotation["answers"] = annotation["answers"][:kept]
+    file.write_text(json.dumps(document))
+    result = run(*vqa_files, "--json")
+    assert result.exit_code == 0, result.stderr
+    said = " ".join(result.stderr.split())
+    assert said == "" if best is None else f"nothing can score above {best} % here; go by exact match" in said
+
+
 def test_vqa_table(vqa_files):
     result = run(*vqa_files)
     assert result.exit_code == 0, result.stderr

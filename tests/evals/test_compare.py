@@ -117,6 +117,13 @@ def test_latency_where_both_have_it(make):
         compare(both)
 
 
+def test_times_with_other_pictures_are_not_compared(make, tmp_path):
+    here = make("here", oracle, ("latency",))
+    there = make("there", oracle, ("latency",), write_dataset(tmp_path / "other", images=IMAGES - 1))
+    with pytest.raises(DataError, match="or about different pictures"):
+        compare([here, there])
+
+
 def test_a_task_that_one_record_lacks_is_left_out_with_the_reason(make):
     found = compare([make("both", oracle), make("one", oracle, ("vqa",))])
     assert found["left_out"] == {"caption": "one did not run it"}

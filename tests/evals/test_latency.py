@@ -8,6 +8,7 @@ from PIL import Image
 
 from nmm_serve.engines.base import Output, Timing
 from nmm_serve.errors import ConfigError
+from nmm_serve.evals.lab.workload import Pictures
 from nmm_serve.evals.latency import Load, measure, summarise
 
 
@@ -87,6 +88,24 @@ def test_no_two_requests_share_an_image(images):
     measure(FakeEngine(answer), images, Load(concurrencies=(2,), requests=10, warmup=1, output_tokens=2))
     assert len(seen) == 12 > len(images)
     assert len(set(seen)) == len(seen)
+
+
+def test_cells_of_several_images_leave_theirs_to_no_other_cell(monkeypatch):
+    seen = []
+    monkeypatch.setattr(Pictures, "picture", lambda _, index: seen.append(index) or index)
+    load = Load(concurrencies=(2,), requests=4, warmup=1, output_tokens=2, sweep=(("images", (3, 0)), ("output", (4,))))
+    measure(FakeEngine(lambda _: says("x", 2)), [], load)
+    assert len(seen) == 6 + 18 + 6
+    assert len(set(seen)) == len(seen)
+
+
+def test_pictures_are_told_apart_by_their_files(tmp_path):
+    for folder, size in (("a", 8), ("b", 9)):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (size, 8)).save(tmp_path / folder / "x.bmp")
+    a, b = (Pictures([tmp_path / folder / "x.bmp"]).describe() for folder in "ab")
+    assert a != b
+    assert a == Pictures([tmp_path / "a/x.bmp"]).describe()
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from nmm_serve.evals.records import blank_record, load_record, no_checkpoint, wr
 from nmm_serve.evals.report import write_report
 from nmm_serve.evals.routing import DEFINITIONS, summarise
 from nmm_serve.evals.run import Options, evaluate, load_data
-from nmm_serve.evals.table import comparison, remarks
+from nmm_serve.evals.table import comparison, join, joined, remarks
 from nmm_serve.evals.tokenizer import FallbackTokenizer
 
 HOSTILE = '<script>alert("x")</script> & $\\frac{1}{2}$ \u202e日本'
@@ -111,6 +111,23 @@ def test_failures_are_shown_not_scored(make, page):
     assert "VQA acc %" not in titles  # no record fills it
     assert "best const %" in titles
     assert len(rows) == 1
+
+
+def test_joined_records_keep_their_warnings(make):
+    """Answers of both on one machine, times on two."""
+    records = []
+    for name, machine in (("early", "laptop"), ("late", "server")):
+        for task, cpu in (("vqa", "laptop"), ("latency", machine)):
+            record = load_record(make(name, tasks=(task,)))
+            record["model"] = record["model"] | {"hash": name}
+            record["environment"] = record["environment"] | {"cpu": cpu}
+            records.append(record)
+    records[1]["unfinished"] = {"text": "no data"}
+    groups = joined(records)
+    assert groups == [[0, 1], [2, 3]]
+    lines = remarks([join([records[i] for i in group]) for group in groups])
+    assert any("different machines" in line for line in lines)
+    assert "early: text: not finished: no data" in lines
 
 
 def test_remarks_warn_of_what_cannot_be_compared(make, tmp_path):

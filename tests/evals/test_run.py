@@ -12,10 +12,11 @@ pytest.importorskip("pycocoevalcap", reason="needs the extra `evals`")
 
 from nmm_serve.errors import DataError
 from nmm_serve.evals import caption
-from nmm_serve.evals.datasets import Files, find_files
+from nmm_serve.evals.datasets import Files, find_files, load_vqa
 from nmm_serve.evals.latency import Load
 from nmm_serve.evals.records import load_items, load_record, write_record
 from nmm_serve.evals.run import Options, evaluate, failures, load_data
+from nmm_serve.evals.table import remarks
 from nmm_serve.evals.tokenizer import FallbackTokenizer
 
 
@@ -161,6 +162,41 @@ def test_a_record_names_its_circumstances(run):
     assert record["engine"] == {"name": "fake", "dtype": "none", "device": "none"}
     assert record["environment"]["packages"]["numpy"]
     assert set(record["tasks"]["vqa"]["data"]["files"]) == {"vqa_val_questions.json", "vqa_val_annotations.json"}
+
+
+def test_half_a_surrogate_pair_in_an_annotation_costs_nothing(run, data):
+    file = data / "vqa_val_annotations.json"
+    document = json.loads(file.read_text())
+    document["annotations"][0]["answers"][3]["answer"] = "dog \ud83d"
+    document["annotations"][0]["question_type"] = "what \ud83d"
+    file.write_text(json.dumps(document))
+    record, items, _ = run(oracle)
+    assert items[0]["answers"][3] == "dog \ud83d"
+    assert "what \ud83d" in record["tasks"]["vqa"]["per_question_type"]
+
+
+def test_one_answer_a_question_is_remarked_on(run, data):
+    file = data / "vqa_val_annotations.json"
+    document = json.loads(file.read_text())
+    for annotation in document["annotations"]:
+        annotation["answers"] = annotation["answers"][:1]
+    file.write_text(json.dumps(document))
+    record, *_ = run(oracle)
+    assert (record["tasks"]["vqa"]["accuracy"], record["tasks"]["vqa"]["exact_match"]) == (0.0, 100.0)
+    assert any("nothing can score above 0.00 % here" in line for line in remarks([record]))
+
+
+def test_files_of_one_name_both_count(data, tmp_path):
+    for kind in ("questions", "annotations"):
+        (tmp_path / kind).mkdir()
+        (data / f"vqa_val_{kind}.json").rename(tmp_path / kind / "val.json")
+    found = load_vqa(
+        find_files(
+            data, "val", questions=tmp_path / "questions/val.json", annotations=tmp_path / "annotations/val.json"
+        )
+    )
+    assert list(found.fingerprint["files"]) == ["val.json", "val.json #2"]
+    assert len(set(found.fingerprint["files"].values())) == 2
 
 
 def test_items_that_were_changed_are_refused(run, tmp_path):

@@ -16,6 +16,7 @@ from PIL import Image
 
 pytest.importorskip("lm_eval", reason="needs the extra `evals`")
 
+from lm_eval.api.metrics import median, perplexity
 from text_fakes import KnownEngine, coin, uniform, write_task
 
 from nmm_serve.errors import ConfigError, DataError, EngineError
@@ -24,6 +25,7 @@ from nmm_serve.evals.datasets import Files
 from nmm_serve.evals.records import load_items, load_record
 from nmm_serve.evals.run import Options, evaluate, failures, load_data
 from nmm_serve.evals.text import SHIPPED, TextOptions, load_tasks, parse_gen_kwargs
+from nmm_serve.evals.text_scores import scores
 
 ROOT = Path(__file__).parents[2]
 FOUR = [{"question": f"case {i}", "choices": ["yes", "no", "maybe", "never"], "gold": i % 4} for i in range(8)]
@@ -111,6 +113,20 @@ def test_a_constant_scores_chance_on_minimal_pairs(run):
         record, _ = run(engine, "nmm_agreement")
         assert record["tasks"]["text"]["tasks"]["nmm_agreement"]["metrics"]["acc"] == 0.5
     assert record["final"]
+
+
+def test_intervals_follow_the_aggregation():
+    """A perplexity is exp(-mean); of a median, or of what cannot be told, there is none."""
+    logs = [-1.0, -2.0, -3.0, -2.0]
+    documents = [{"filter": "none", "ppl": x, "middle": x, "steep": 400 * x} for x in logs]
+    task = SimpleNamespace(aggregation=lambda: {"ppl": perplexity, "middle": median, "steep": perplexity})
+    found = scores(
+        task, {"ppl,none": perplexity(logs), "middle,none": -2.0, "steep,none": 1.0}, documents, documents, 0
+    )
+    assert found["intervals"]["middle"] is None
+    assert found["intervals"]["steep"] is None, "over the largest float"
+    interval = found["intervals"]["ppl"]
+    assert math.e < interval["low"] < found["metrics"]["ppl"] < interval["high"] < math.e**3
 
 
 def test_a_uniform_engine_has_known_perplexity(run):
