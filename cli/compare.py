@@ -39,6 +39,8 @@ def compare(records: tuple[Path, ...], seed: int, output: Path | None, as_json: 
         _print_tables(document)
     for name, reason in document["left_out"].items():
         note(f"{name} is left out: {reason}")
+    for remark in document["remarks"]:
+        note(remark)
     if not document["final"]:
         note("not final: a record was made on part of the data (--limit)")
 

@@ -24,6 +24,8 @@ from nmm_serve.evals.records import Record, load_items, load_record, tell_apart
 
 FORMAT = "nmm-serve/comparison/1"
 SIGNIFICANCE = 0.05
+FEW_CLUSTERS = 30
+"""With fewer the bootstrap's p-values are too small: at 10 images one in ten differences of equal models looks real."""
 RESAMPLES_PER_PAIR = 200
 """At least so many, or Holm's correction could never call a difference real among many models."""
 
@@ -118,8 +120,20 @@ def compare(
         ],
         "metrics": metrics,
         "left_out": left_out,
+        "remarks": _remarks(metrics),
         "final": all(record["final"] for record in records),
     }
+
+
+def _remarks(metrics: Mapping[str, Any]) -> list[str]:
+    few = {name: found["clusters"] for name, found in metrics.items() if 1 < found["clusters"] < FEW_CLUSTERS}
+    units = " and ".join(dict.fromkeys(f"{n} {metrics[name]['unit']}s" for name, n in few.items()))
+    if not few:
+        return []
+    return [
+        f"{', '.join(few)}: only {units} were drawn; with fewer than {FEW_CLUSTERS} the p-values are too small and the "
+        "intervals too narrow"
+    ]
 
 
 def _unusable(task: str, records: Sequence[Record]) -> str | None:

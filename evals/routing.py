@@ -212,18 +212,14 @@ def measure(
     numbers = None
     if counts:
         unit = "image" if images else "document"
-        index_N, num_clusters = stats.cluster_index(clusters)
-        counts_NLME = np.stack(counts)
-        by_cluster = np.zeros((num_clusters, *counts_NLME.shape[1:]), dtype=np.int64)
-        np.add.at(by_cluster, index_N, counts_NLME)
-        numbers = summarise(by_cluster, unit=unit, seed=seed)
-        numbers["by_source"] = {
-            source: {
-                "documents": sources.count(source),
-                **summarise(counts_NLME[[s == source for s in sources]], unit="document", seed=seed)["overall"],
-            }
-            for source in dict.fromkeys(sources)
-        }
+        numbers = summarise(_by_cluster(counts, clusters), unit=unit, seed=seed)
+        numbers["by_source"] = {}
+        for source in dict.fromkeys(sources):
+            own = [i for i, name in enumerate(sources) if name == source]
+            of_source = _by_cluster([counts[i] for i in own], [clusters[i] for i in own])
+            numbers["by_source"][source] = {
+                "documents": len(own), **summarise(of_source, unit=unit, seed=seed)["overall"],
+            }  # fmt: skip
     section = {
         "definitions": DEFINITIONS,
         "from": "checkpoint",
@@ -235,6 +231,15 @@ def measure(
         "errors": errors,
     }
     return publish(section, numbers, PUBLISHED)
+
+
+def _by_cluster(counts: Sequence[Any], clusters: Sequence[Any]) -> Any:
+    """counts_CLME: the documents of one cluster, such as the chats about one image, added up."""
+    index_N, num_clusters = stats.cluster_index(clusters)
+    counts_NLME = np.stack(counts)
+    counts_CLME = np.zeros((num_clusters, *counts_NLME.shape[1:]), dtype=np.int64)
+    np.add.at(counts_CLME, index_N, counts_NLME)
+    return counts_CLME
 
 
 def _encode(engine: "TorchEngine", document: Document) -> "Encoded":

@@ -51,6 +51,7 @@ def test_better_equal_and_not_told_apart(make):
     found = compare([make("oracle", oracle), make("nearly", nearly), make("constant", constant)])
     accuracy = found["metrics"]["VQA accuracy %"]
     assert accuracy["clusters"] == IMAGES
+    assert any("only 12 images were drawn" in remark for remark in found["remarks"])
     assert [row["model"] for row in accuracy["ranking"]] == ["oracle", "nearly", "constant"]
     assert [row["rank"] for row in accuracy["ranking"]] == [[1, 2], [1, 2], [3, 3]]
     assert accuracy["conclusion"] == "cannot tell which of oracle, nearly is best"

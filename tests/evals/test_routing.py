@@ -138,6 +138,12 @@ def test_counts_are_those_of_a_loop_over_tokens(engine, documents, batch_size):
     assert not measure(engine, documents[:2], total=6)["complete"]
 
 
+def test_chats_about_one_image_are_drawn_together_within_a_source_too(engine, documents):
+    section = measure(engine, [*documents[:3], *documents[:3]])
+    interval = section["by_source"]["vqa"]["specialisation"]["interval"]
+    assert (section["by_source"]["vqa"]["documents"], interval["clusters"], interval["unit"]) == (6, 3, "image")
+
+
 def test_a_document_that_fails_is_named_and_gives_no_numbers(engine, documents):
     def broken():
         raise DataError("its line is not JSON")
