@@ -48,7 +48,7 @@ def size_curves(runs: Runs) -> dict[float, tuple[Array, Array]]:
 
 
 def frontier(runs: Runs) -> Frontier | None:
-    """Up to the lowest loss. None where fewer than two sizes have curves, or these do not overlap."""
+    """Up to the lowest loss. None where fewer than two sizes have curves, or the least compute has the least loss."""
     curves = size_curves(runs)
     if len(curves) < 2:
         return None
@@ -59,6 +59,8 @@ def frontier(runs: Runs) -> Frontier | None:
     best_X = values_NX.min(0)
     covered = np.isfinite(best_X)
     covered &= x_X <= x_X[best_X.argmin()]  # what costs more and reaches less is on no frontier
+    if covered.sum() < 2:
+        return None
     hull_X = _lower_hull(x_X[covered], best_X[covered])
     x_X, leader_X = x_X[covered], values_NX.argmin(0)[covered]
     start = np.log(PAPER_FROM) if high > np.log(10 * PAPER_FROM) else x_X[np.argmax(leader_X > leader_X[0])]

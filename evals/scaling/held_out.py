@@ -41,7 +41,10 @@ def largest_size_error(fitted: LawFit) -> dict[str, float | int | None] | None:
 
 
 def errors(measured_R: Array, predicted_R: Array) -> dict[str, float | int | None]:
-    """Mean absolute error in percent of the loss, and R2 of the loss (None where the losses do not vary)."""
+    """Mean absolute error in percent of the loss, and R2 of the loss (None where the losses do not vary, or where a law
+    too steep for numbers predicts none)."""
+    if not np.isfinite(predicted_R).all():
+        return {"mae_pct": None, "r2": None, "n": len(measured_R)}
     spread = ((measured_R - measured_R.mean()) ** 2).sum()
     return {
         "mae_pct": float(100 * np.mean(np.abs(predicted_R / measured_R - 1))),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from nmm_serve.evals.scaling.space import Runs
 
 MEAN = "loss"
 """The target of the mean over data types; the others are named after their type."""
+_SAME_TOTAL = 1.001
+"""Totals of one size that differ by less than this factor are alike: rounding, or the weights of another router."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +39,20 @@ class SweepRecord:
         given, experts = self.values.get("sparsity"), self.values.get("num_experts")
         if given is not None:
             return float(given)
-        return 1 - self.values.get("num_experts_per_tok", 1) / experts if experts else None
+        return 1 - (self.values.get("num_experts_per_tok") or 1) / experts if experts else None
+
+    @property
+    def mixture(self) -> str | None:
+        """Name of the data mixture, a number's digits included. None where the record names none."""
+        given = self.values.get("mixture")
+        return None if given in (None, "") else str(given)
 
 
 @dataclass(frozen=True)
 class Records:
     runs: list[SweepRecord]
     warnings: list[str]
-    """What was filled in, in plain words."""
+    """What was filled in and what stands twice, in plain words."""
 
     def families(self) -> list[str]:
         return list(dict.fromkeys(run.family for run in self.runs))
@@ -53,13 +62,13 @@ class Records:
 
     def mixtures(self) -> list[str]:
         """Data mixtures that the records name."""
-        return list(dict.fromkeys(str(run.values["mixture"]) for run in self.runs if run.values.get("mixture")))
+        return list(dict.fromkeys(run.mixture for run in self.runs if run.mixture is not None))
 
     def of_mixture(self, name: str) -> "Records":
         """The runs of one mixture alone. Raises DataError for one that no record names."""
         if name not in self.mixtures():
             raise DataError(unknown_name("mixture of these records", name, self.mixtures()))
-        return Records([run for run in self.runs if run.values.get("mixture") == name], self.warnings)
+        return Records([run for run in self.runs if run.mixture == name], self.warnings)
 
 
 def targets(runs: Sequence[SweepRecord]) -> list[str]:
@@ -74,13 +83,24 @@ def as_runs(records: Sequence[SweepRecord], target: str) -> Runs:
     return Runs(*columns.T)
 
 
-def all_params(records: Sequence[SweepRecord]) -> list[list[float]] | None:
-    """[active, all] parameters of each size, ascending; None where a record tells no `n_params_total`."""
+def all_params(records: Sequence[SweepRecord]) -> tuple[list[list[float]] | None, str | None]:
+    """[active, all] parameters of each size, ascending, and a warning where a size has several numbers of all; the
+    largest is given. None where a record tells no `n_params_total`."""
     if not all("n_params_total" in r.values for r in records):
-        return None
-    return sorted(
-        [active, total] for active, total in {r.n_params: float(r.values["n_params_total"]) for r in records}.items()
-    )
+        return None, None
+    totals: dict[float, list[float]] = {}
+    for r in records:
+        totals.setdefault(r.n_params, []).append(float(r.values["n_params_total"]))
+    warning = None
+    several = {active: found for active, found in totals.items() if max(found) > _SAME_TOTAL * min(found)}
+    if several:
+        active = max(several)
+        warning = (
+            f"{len(several)} sizes have several numbers of all parameters, {active:.4g} active ones from "
+            f"{min(several[active]):.4g} to {max(several[active]):.4g} (other numbers of experts?): `plan` takes the "
+            "most. For the memory of one shape fit the runs of that shape alone"
+        )
+    return [[active, max(found)] for active, found in sorted(totals.items())], warning
 
 
 def load_records(path: Path) -> Records:
@@ -107,8 +127,13 @@ def parse_records(lines: Iterable[str], source: str) -> Records:
         where = f"{source}, line {number}"
         try:
             values = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DataError(f"{where} is not JSON: {getattr(error, 'msg', 'nested too deeply')}") from None
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where} is not JSON: {error.msg}") from None
+        except RecursionError:
+            raise DataError(f"{where} is not JSON: nested too deeply") from None
+        except ValueError:  # Python's limit on the digits of a whole number
+            digits = sys.get_int_max_str_digits()
+            raise DataError(f"{where}: a number has more than {digits} digits; write it as 1e9 is written") from None
         if not isinstance(values, dict):
             raise DataError(f"{where} is not a JSON object but a {type(values).__name__}; expected one run a line")
         family = values.get("family")
@@ -128,7 +153,8 @@ def parse_records(lines: Iterable[str], source: str) -> Records:
         raise DataError(f"{source} holds no records; expected one JSON object a line")
     for family in dict.fromkeys(run.family for run in runs):
         _check_same_types([run for run in runs if run.family == family], source)
-    return Records(runs, [_filled_warning(family, numbers) for family, numbers in filled.items()])
+    filled_warnings = [_filled_warning(family, numbers) for family, numbers in filled.items()]
+    return Records(runs, filled_warnings + _repeated_warning(runs))
 
 
 def _positive(values: dict[str, Any], key: str, where: str) -> float:
@@ -165,11 +191,11 @@ def _check_sparsity(values: dict[str, Any], where: str) -> None:
     given = values.get("sparsity")
     if given is not None and not (isinstance(given, int | float) and 0 <= given < 1):
         raise DataError(f"{where}: sparsity is the share of idle experts, from 0 to under 1, not {given!r}")
-    experts, used = values.get("num_experts"), values.get("num_experts_per_tok", 1)
+    experts, used = values.get("num_experts"), values.get("num_experts_per_tok")
     for key, value in (("num_experts", experts), ("num_experts_per_tok", used)):
         if value is not None and (not isinstance(value, int) or value < 0):
             raise DataError(f"{where}: {key} must be a whole number, not {value!r}")
-    if experts and not 1 <= used <= experts:
+    if experts and used is not None and not 1 <= used <= experts:
         raise DataError(f"{where}: num_experts_per_tok {used} must lie between 1 and num_experts {experts}")
 
 
@@ -188,3 +214,26 @@ def _check_same_types(runs: Sequence[SweepRecord], source: str) -> None:
 def _filled_warning(family: str, numbers: list[int]) -> str:
     late = "; for late fusion that leaves out that text skips the encoder" if family.startswith("late") else ""
     return f"{family}: flops missing in {len(numbers)} records (first: line {numbers[0]}); 6ND was taken{late}"
+
+
+def _repeated_warning(runs: Sequence[SweepRecord]) -> list[str]:
+    """A warning where a record equals an earlier one, none otherwise.
+
+    Two runs never reach equal losses to the last digit, but losses that were rounded may be equal in two runs whose
+    records name no seed: so this is no error.
+    """
+    first: dict[str, int] = {}
+    repeated = []
+    for run in runs:
+        same = (run.family, run.n_params, run.tokens, sorted(run.losses.items()), run.values.get("seed"), run.mixture)
+        line = first.setdefault(repr(same), run.line)
+        if line != run.line:
+            repeated.append(f"{run.line} of {line}")
+    if not repeated:
+        return []
+    named = ", ".join(repeated[:5]) + (", ..." if len(repeated) > 5 else "")
+    return [
+        f"{len(repeated)} records repeat another in family, size, tokens, losses, seed and mixture (line {named}): a "
+        "run that is counted twice makes intervals too narrow and the held-out error too small. Take the copies out; "
+        "if they are other runs, give each its seed"
+    ]

@@ -1,6 +1,7 @@
 """Every fit of a records file as one JSON document: families by targets, optima, frontier, errors and warnings."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -9,12 +10,13 @@ import numpy as np
 from nmm_serve import __version__
 from nmm_serve.errors import DataError
 from nmm_serve.evals.scaling.fit import FEWEST, LawFit, describe_law, family_cost, fit_law, identification
-from nmm_serve.evals.scaling.frontier import frontier, law_exponent
+from nmm_serve.evals.scaling.frontier import frontier, law_exponent, size_curves
 from nmm_serve.evals.scaling.held_out import errors, held_out_error, largest_size_error
 from nmm_serve.evals.scaling.law import Cost, regressed_exponents
 from nmm_serve.evals.scaling.optimise import Array
 from nmm_serve.evals.scaling.records import MEAN, Records, SweepRecord, all_params, as_runs, targets
 from nmm_serve.evals.scaling.resample import resampled_interval
+from nmm_serve.evals.scaling.space import Runs
 from nmm_serve.evals.scaling.sparsity import fit_sparsity
 
 FORMAT = "nmm-serve/scaling-fits/1"
@@ -24,12 +26,19 @@ DEFINITIONS = {
     "fit": "least sum of Huber losses (delta 1e-3) of ln L, L-BFGS from 1764 starts, the lowest kept",
     "a, b, d": "closed form: N* ~ C^a, D* ~ C^b, D* ~ N*^d with a = beta/(alpha+beta), b = alpha/(alpha+beta), d = b/a",
     "c": "L ~ K C^c: log-log line through the convex hull of per-size interpolated loss curves",
-    "intervals": "95 %: bootstrap over runs, percentiles, widened to the profile of the objective where that is wider",
+    "intervals": "95 %: bootstrap over runs, percentiles, widened to the profile of the objective where that is wider; "
+    "of c and of sparsity_aware the percentiles alone",
     "mae_pct, r2": "held-out: each run predicted by a fit that did not see it (10-fold cross-validation over runs)",
     "largest_size": "the largest size predicted by a law of the smaller ones",
     "regressed": "for each run's C the best N over a grid of D under the law, then log-log lines",
     "optima": "compute-optimal size, tokens and loss of the law at C FLOPs",
 }
+
+_NO_LAW = "no power law holds these runs: "
+_LOOK = (
+    ". Look for a size or a budget whose losses stand apart from the others', as those of a run that diverged, and fit "
+    "without it"
+)
 
 Progress = Callable[[str, int, int], None]
 """Called before each fit: what is fitted, how many are done, how many there are."""
@@ -38,7 +47,7 @@ Progress = Callable[[str, int, int], None]
 def fit_records(
     records: Records, *, bootstraps: int = BOOTSTRAPS, seed: int = 0, progress: Progress = lambda what, done, of: None
 ) -> dict[str, Any]:
-    """Fit each family and target. Raises DataError where no family has enough runs."""
+    """Fit each family and target; one that no law holds is null with the reason. Raises DataError where all are."""
     work = [(family, target) for family in records.families() for target in targets(records.of(family))]
     fits = []
     for done, (family, target) in enumerate(work):
@@ -61,18 +70,32 @@ def fit_records(
     }
 
 
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")  # what is not finite is looked for, and named
 def fit_target(
     records: Sequence[SweepRecord], family: str, target: str, *, bootstraps: int, seed: int
 ) -> dict[str, Any]:
     """One entry of `fits`."""
     runs = as_runs(records, target)
     head = {"family": family, "target": target}
-    short = _too_little(len(runs), len(np.unique(runs.n_R)), len(np.unique(runs.d_R)))
-    if short:
+
+    def nothing(reason: str) -> dict[str, Any]:
         empty = dict.fromkeys(("E", "A", "alpha", "B", "beta", "a", "b", "c", "d", "mae_pct", "r2"))
-        return {**head, **empty, "intervals": {}, "n": len(runs), "warnings": [short]}
-    fitted = fit_law(runs, bootstraps=bootstraps, seed=seed)
+        return {**head, **empty, "intervals": {}, "n": len(runs), "warnings": [reason]}
+
+    short = _too_little(runs)
+    if short:
+        return nothing(short)
+    try:
+        fitted = fit_law(runs, bootstraps=bootstraps, seed=seed)
+    except DataError as error:
+        return nothing(str(error))
+    beyond = _beyond_numbers(fitted)
+    if beyond:
+        return nothing(beyond)
     law, warnings = fitted.law, identification(fitted)
+    sizes, ambiguous = all_params(records)
+    if ambiguous:
+        warnings.append(ambiguous)
     cost, off = family_cost(runs.n_R, runs.d_R, runs.flops_R)
     if off > 0.02:
         warnings.append(f"FLOPs are not a function of size and tokens alone: C = 6 f N^m D misses some by {off:.0%}")
@@ -95,12 +118,18 @@ def fit_target(
             del intervals[name]
     if edge_interval is not None:
         intervals["c"] = edge_interval
+    held_out, largest = held_out_error(fitted, seed=seed), largest_size_error(fitted)
+    if held_out["mae_pct"] is None:
+        warnings.append("no held-out error: without some of the runs too few are left, or no law holds the others")
+    if largest is not None and largest["mae_pct"] is None:
+        warnings.append("no error of the largest size: no law holds the smaller ones")
     fit = {
         **head,
         **described,
         "c": edge["c"],
         "intervals": intervals,
-        **{k: v for k, v in held_out_error(fitted, seed=seed).items() if k != "n"},
+        "mae_pct": held_out["mae_pct"],
+        "r2": held_out["r2"],
         "n": len(runs),
         "warnings": warnings,
         "frontier": edge,
@@ -109,9 +138,9 @@ def fit_target(
         else {},
         "optima": optima(fitted, cost) if positive else [],
         "cost": {"factor": cost.factor, "exponent": cost.exponent},
-        "all_params": all_params(records),
+        "all_params": sizes,
         "in_sample": errors(runs.loss_R, law.loss(runs.n_R, runs.d_R)),
-        "largest_size": largest_size_error(fitted),
+        "largest_size": largest,
         "objective": fitted.objective,
         "resamples_redrawn": fitted.redrawn,
         "range": {
@@ -121,17 +150,50 @@ def fit_target(
         },
         "resampled": resampled_laws(fitted),
     }
+    endless = _not_finite(fit)
+    if endless:
+        return nothing(f"{_NO_LAW}{endless} is no finite number under the best one{_LOOK}")
     if "moe" in family or "sparse" in family:
         fit["sparsity_aware"] = fit_sparsity(fitted, records, bootstraps=bootstraps, seed=seed)
     return fit
 
 
-def _too_little(runs: int, sizes: int, budgets: int) -> str | None:
-    if runs < FEWEST:
-        return f"{runs} runs are too few for five parameters; {FEWEST} are the least"
+def _too_little(runs: Runs) -> str | None:
+    sizes, budgets = len(np.unique(runs.n_R)), len(np.unique(runs.d_R))
+    if len(runs) < FEWEST:
+        return f"{len(runs)} runs are too few for five parameters; {FEWEST} are the least"
     if sizes < 2 or budgets < 2:
         return f"{sizes} model sizes and {budgets} token budgets: a law needs at least two of each, better five"
+    if (runs.loss_R == runs.loss_R[0]).all():
+        return (
+            f"{_NO_LAW}every one has the loss {runs.loss_R[0]:g}. Look for a loss that was copied, or measured with "
+            "the weights of one run"
+        )
     return None
+
+
+def _beyond_numbers(fitted: LawFit) -> str | None:
+    """The reason where A or B is too large or too small for a number."""
+    law, logs = fitted.law, fitted.space.quantities()
+    for exponent, value, scale in (("alpha", law.alpha, "A"), ("beta", law.beta, "B")):
+        if not 0 < getattr(law, scale) < math.inf:
+            power = float(logs[scale](fitted.theta_P[None])[0])
+            return (
+                f"{_NO_LAW}the best one has {exponent} = {value:.3g} and {scale} = exp({power:.0f}), which no number "
+                f"holds{_LOOK}"
+            )
+    return None
+
+
+def _not_finite(value: Any, name: str = "") -> str | None:
+    """Where in a document the first number that is not finite stands."""
+    if isinstance(value, Mapping):
+        inner = value.items()
+    elif isinstance(value, list):
+        inner = ((f"[{i}]", item) for i, item in enumerate(value))
+    else:
+        return name if isinstance(value, float) and not math.isfinite(value) else None
+    return next((found for key, item in inner if (found := _not_finite(item, f"{name} {key}".strip()))), None)
 
 
 def _frontier(
@@ -143,7 +205,10 @@ def _frontier(
     measured = frontier(runs)
     if measured is None:
         own = law_exponent(fitted.law, runs.flops_R.min(), runs.flops_R.max(), cost) if positive else None
-        warnings.append("no two sizes have loss curves to draw a frontier from: c is that of the law's own optimum")
+        few = len(size_curves(runs)) < 2
+        why = "no two sizes have loss curves to draw a frontier from" if few else "the least compute has the least loss"
+        taken = "that of the law's own optimum" if positive else "null"
+        warnings.append(f"{why}: c is {taken}")
         return {"c": own, "K": None, "from": None, "to": None, "source": "law"}, None
     rng = np.random.default_rng(seed)
     predicted_R = fitted.law.loss(runs.n_R, runs.d_R)
@@ -154,7 +219,9 @@ def _frontier(
         again = frontier(type(runs)(runs.n_R, runs.d_R, loss_R, runs.flops_R))
         if again is not None:
             drawn.append(again.c)
-    low, high = resampled_interval(np.array(drawn))
+    if len(drawn) < bootstraps:
+        left = bootstraps - len(drawn)
+        warnings.append(f"c: {left} of {bootstraps} resamples have no frontier and are left out of its interval")
     law_c = law_exponent(fitted.law, measured.low, measured.high, cost) if positive else None
     edge = {
         "c": measured.c,
@@ -164,6 +231,9 @@ def _frontier(
         "source": "hull",
         "law_c": law_c,
     }
+    if not drawn:
+        return edge, None
+    low, high = resampled_interval(np.array(drawn))
     return edge, [min(low, measured.c), max(high, measured.c)]
 
 

@@ -55,6 +55,11 @@ def test_what_costs_more_and_reaches_less_is_on_no_frontier():
     assert found.high < runs.flops_R.max()
 
 
+def test_losses_that_rise_with_compute_have_no_frontier():
+    runs = grid(SIZES, BUDGETS, EARLY)
+    assert frontier(type(runs)(runs.n_R, runs.d_R, np.log(runs.flops_R), runs.flops_R)) is None
+
+
 def test_no_curves_no_frontier():
     runs = grid(SIZES, BUDGETS[:1], EARLY)
     assert frontier(runs) is None

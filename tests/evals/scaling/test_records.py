@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nmm_serve.errors import DataError
-from nmm_serve.evals.scaling.records import as_runs, load_records, parse_records, targets
+from nmm_serve.evals.scaling.records import all_params, as_runs, load_records, parse_records, targets
 
 GOOD = {"family": "early", "n_params": 1e6, "tokens": 1e8, "flops": 6e14, "loss": 3.0}
 
@@ -31,6 +31,35 @@ def test_missing_flops_are_6nd_and_said():
     assert "late: flops missing in 1 records (first: line 2)" in read.warnings[0]
 
 
+def test_experts_a_token_may_be_null():
+    assert parse(GOOD | {"num_experts": 8, "num_experts_per_tok": None}).runs[0].sparsity == 7 / 8
+
+
+def test_mixtures_may_be_numbers():
+    read = parse(GOOD | {"mixture": 0}, GOOD | {"mixture": 1}, GOOD)
+    assert read.mixtures() == ["0", "1"]
+    assert [run.line for run in read.of_mixture("1").runs] == [2]
+
+
+def test_records_that_stand_twice_are_named():
+    losses = {"loss": 3.0, "losses": {"text": 2.5}}
+    others = [{"seed": 1}, {"mixture": "half"}, {"tokens": 2e8}, {"family": "late"}, {"losses": {"text": 2.6}}]
+    apart = [GOOD | losses | other for other in others]
+    assert parse(GOOD | losses, *apart).warnings == []
+    (warning,) = parse(GOOD | losses, *apart, apart[1], GOOD | losses | {"note": "copied"}).warnings
+    assert warning.startswith("2 records repeat another")
+    assert "line 7 of 3, 8 of 1" in warning
+
+
+def test_several_totals_of_one_size_give_the_largest_in_any_order():
+    told = [GOOD | {"n_params_total": n, "tokens": t} for n, t in ((3e6, 1e8), (12e6, 2e8), (6e6, 3e8))]
+    for records in (told, told[::-1]):
+        sizes, warning = all_params(parse(*records, GOOD | {"n_params": 4e6, "n_params_total": 9e6}).runs)
+        assert sizes == [[1e6, 12e6], [4e6, 9e6]]
+        assert "1 sizes have several numbers of all parameters, 1e+06 active ones from 3e+06 to 1.2e+07" in warning
+    assert all_params(parse(told[0], told[0] | {"n_params_total": 3e6 * (1 + 1e-9)}).runs)[1] is None
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
@@ -51,6 +80,7 @@ def test_missing_flops_are_6nd_and_said():
         (GOOD | {"losses": {"text": None}}, "losses.text"),
         (GOOD | {"losses": {"loss": 1.0}}, "rename it"),
         (GOOD | {"losses": {"text": 1.0}}, "differ from those of line 1"),
+        (json.dumps(GOOD).replace("1000000.0", "1" * 5000), "line 2: a number has more than 4300 digits"),
         (GOOD | {"sparsity": 1}, "share of idle experts"),
         (GOOD | {"num_experts": 8, "num_experts_per_tok": 9}, "between 1 and num_experts"),
     ],

@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -76,6 +77,24 @@ def test_a_family_with_too_few_runs_is_null_with_the_reason():
         fit_records(parse_records(few, "runs"), bootstraps=20)
 
 
+def test_a_family_that_no_law_holds_is_null_and_the_others_are_fitted():
+    close = grid(np.array([1e9, 1.1e9, 1.2e9]), BUDGETS[:3], EARLY)
+    diverged = np.where(close.n_R == 1e9, close.loss_R + 3, close.loss_R)
+    late = lines(type(close)(close.n_R, close.d_R, diverged, close.flops_R), "late")
+    same = lines(type(close)(close.n_R, close.d_R, np.full(9, 2.5), close.flops_R), "moe")
+    huge = lines(type(close)(close.n_R, close.d_R, close.loss_R * 1e200, close.flops_R), "late-moe")
+    records = parse_records(lines(grid(SIZES[:3], BUDGETS[:3], EARLY)) + late + same + huge, "runs")
+    document = fit_records(records, bootstraps=20)
+    json.dumps(document, allow_nan=False)
+    early, *broken = document["fits"]
+    assert early["E"] == pytest.approx(EARLY.E, rel=0.05)
+    for fit, reason in zip(broken, ("alpha = .* run that diverged", "every one has the loss 2.5", "r2"), strict=True):
+        assert (fit["E"], fit["alpha"], fit["c"], fit["mae_pct"]) == (None, None, None, None)
+        assert re.fullmatch(f"no power law holds these runs: .*{reason}.*", fit["warnings"][0])
+    with pytest.raises(DataError, match="no family can be fitted: moe: no power law holds these runs"):
+        fit_records(parse_records(same, "runs"), bootstraps=20)
+
+
 def test_sparsity_needs_levels():
     def moe(sparsity):
         extra = {"sparsity": sparsity}
@@ -110,6 +129,8 @@ def test_losses_that_rise_with_size_have_no_optimum():
     fit = fit_records(parse_records(lines(rising), "runs"), bootstraps=20)["fits"][0]
     assert (fit["a"], fit["b"], fit["d"], fit["optima"]) == (None, None, None, [])
     assert "a" not in fit["intervals"]
+    assert (fit["c"], "c" in fit["intervals"]) == (None, False)
+    assert "the least compute has the least loss: c is null" in fit["warnings"]
     assert any("no optimal split" in warning for warning in fit["warnings"])
 
 
