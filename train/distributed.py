@@ -185,9 +185,9 @@ def spread(model: NMMForConditionalGeneration, procs: Processes, dtype: torch.dt
     parameters stay those of `model`, under their names."""
     if procs.strategy == "none":
         return model.to(procs.device)
+    # all must run the same modules, or they would wait for each other's gradients for ever; DDP waits alone, too
+    model.model.always_run_image_front = procs.strategy == "ddp" or procs.count > 1
     if procs.count > 1:
-        # all must run the same modules, or they would wait for each other's gradients for ever
-        model.model.always_run_image_front = True
         for start in range(0, procs.count, division.sharing):
             ranks = list(range(start, start + division.sharing))
             group = dist.new_group(ranks, timeout=TIMEOUT) if division.sharing > 1 else None

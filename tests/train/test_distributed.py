@@ -243,6 +243,21 @@ def test_several_processes_need_a_strategy(recipe, tmp_path, monkeypatch):
         train(load_config(recipe), tmp_path)
 
 
+def test_ddp_of_one_process_passes_steps_without_images(recipe, tmp_path, monkeypatch):
+    """DDP waits for the gradients of every parameter, also alone."""
+    monkeypatch.setattr("nmm_serve.train.loop.gemm_rate", lambda device, dtype: 1e9)
+    words = ["model.preset=atto", "data.validation=[]", "data.sources=[{kind: builtin, which: text}]"]
+    losses = []
+    for strategy in ("none", "ddp"):
+        config = load_config(recipe, [*words, f"parallel.strategy={strategy}"])
+        (tmp_path / strategy).mkdir()
+        with processes(config.parallel) as procs:
+            trainer = Trainer(config, tmp_path / strategy, lambda event: None, procs)
+            losses.append([trainer.train_step()["loss"] for _ in range(2)])
+            trainer.close()
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.slow
 def test_killed_group_goes_on(recipe, tmp_path):
     """SIGKILL to all processes at once, as a machine that goes down; the command line, as a user types it."""
