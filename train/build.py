@@ -1,12 +1,13 @@
 """From a training configuration to a model and its processor."""
 
+import logging
 from collections.abc import Iterator
 
 from huggingface_hub.errors import StrictDataclassError
 
 from nmm_serve.checkpoint import load_model, load_processor
 from nmm_serve.config import NMMConfig
-from nmm_serve.errors import ConfigError
+from nmm_serve.errors import ConfigError, DataError, NMMError
 from nmm_serve.image_processor import NMMImageProcessor
 from nmm_serve.matching import partner
 from nmm_serve.models import NMMForConditionalGeneration
@@ -17,6 +18,8 @@ from nmm_serve.train.config import TrainConfig
 from nmm_serve.train.data.mixture import Mixture
 from nmm_serve.train.data.sources import Visit
 from nmm_serve.train.start.build import build_started, round_up
+
+logger = logging.getLogger(__name__)
 
 
 def model_config(config: TrainConfig, processor: NMMProcessor) -> NMMConfig:
@@ -68,12 +71,30 @@ def model_config(config: TrainConfig, processor: NMMProcessor) -> NMMConfig:
 
 
 def _corpus(config: TrainConfig, mixture: Mixture) -> Iterator[str]:
-    """The words of the first documents of each source; images are not opened."""
+    """The words of the first documents of each source; images are not opened. A bad document is left out: whether there
+    are too many is for the loader to say. Raises DataError for a source with no other ones."""
     for entry in mixture.sources:
         visit = Visit(f"{config.seed}/{entry.source.name}", 0, config.objective)
-        for index in range(min(len(entry.source), config.tokenizer.documents)):
-            document = entry.source.document(index, visit)
+        count = min(len(entry.source), config.tokenizer.documents)
+        bad: NMMError | OSError | None = None
+        left_out = 0
+        for index in range(count):
+            try:
+                document = entry.source.document(index, visit)
+            except (NMMError, OSError) as error:
+                bad, left_out = error, left_out + 1
+                continue
             yield from (part for _, part in document.parts if type(part) is str)
+        if bad is not None and left_out == count:
+            raise DataError(
+                f"none of the first {count} documents of source {entry.source.name!r} can be used to train a "
+                f"tokenizer; the last: {bad}"
+            )
+        if bad is not None:
+            logger.warning(
+                "%d of the first %d documents of source %r are bad: the tokenizer is trained without; the last: %s",
+                left_out, count, entry.source.name, bad,
+            )  # fmt: skip
 
 
 def build_processor(config: TrainConfig, mixture: Mixture) -> NMMProcessor:

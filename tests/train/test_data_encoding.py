@@ -108,9 +108,14 @@ def test_an_image_that_is_missing_is_named():
         lambda: vqa_document(picture(1), [("what?", " ")], name="c"),
         lambda: interleaved_document([ImageSlot()], [picture(1)], name="c"),
         lambda: text_document("\n", name="c"),
+        lambda: caption_document(picture(1), None, objective="pretrain", name="c"),
+        lambda: vqa_document(picture(1), [("how many?", 2)], name="c"),
+        lambda: vqa_document(picture(1), [(None, "two")], name="c"),
+        lambda: interleaved_document([ImageSlot(), "half \ud83d"], [picture(1)], name="c"),
+        lambda: text_document("half an emoji \ud83d", name="c"),
     ],
 )
-def test_documents_without_words_are_refused(make):
+def test_documents_without_words_or_with_what_is_no_text_are_refused(make):
     with pytest.raises(DataError, match=r"^c: "):
         make()
 

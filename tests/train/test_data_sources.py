@@ -130,7 +130,16 @@ def test_interleaved_images_from_a_folder_and_joined_text(tmp_path):
 
 @pytest.mark.parametrize(
     "line",
-    ["{", "[]", '{"content": 3}', '{"content": [3]}', '{"content": [{"type": "video"}]}', '{"content": []}', "\udcff"],
+    [
+        "{",
+        "[]",
+        pytest.param('{"content": ' + "[" * 10**5, id="deep"),
+        '{"content": 3}',
+        '{"content": [3]}',
+        '{"content": [{"type": "video"}]}',
+        '{"content": []}',
+        "\udcff",
+    ],
 )
 def test_broken_interleaved_lines_are_named(tmp_path, line):
     (tmp_path / "a.jsonl").write_bytes(b'{"content": []}\n' + line.encode(errors="surrogateescape"))
@@ -251,6 +260,49 @@ def test_parquet_without_the_column(tmp_path):
     (tmp_path / "a.parquet").write_text("PAR")
     with pytest.raises(DataError, match="not a readable Parquet file"):
         open_source({"kind": "text", "path": str(tmp_path / "a.parquet")})
+
+
+def test_a_parquet_row_that_is_not_utf8_is_named(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    _, offsets, data = pa.array(["good", "bad!"]).buffers()
+    rows = pa.StringArray.from_buffers(2, offsets, pa.py_buffer(data.to_pybytes()[:4] + b"b\xff\xfe!"))
+    source = open_source({"kind": "text", "path": str(write_parquet(tmp_path / "a.parquet", {"text": rows}))})
+    assert source.document(0, visit()).parts[1][1] == "good"
+    with pytest.raises(DataError, match=r"a\.parquet#1: column 'text' is not UTF-8 text \(byte 1\)"):
+        source.document(1, visit())
+
+
+def test_a_line_nested_too_deeply_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ' + "[" * 10**5 + "]" * 10**5 + "}")
+    source = open_source({"kind": "text", "path": str(tmp_path / "a.jsonl")})
+    with pytest.raises(DataError, match=r"a\.jsonl:1 is not JSON, or too deeply nested"):
+        source.document(0, visit())
+
+
+def changed(path: Path, records: str, **values) -> None:
+    """Other values in the first record of a COCO file."""
+    document = json.loads(path.read_text())
+    document[records][0].update(values)
+    path.write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize("captions", ["one", "all"])
+def test_a_caption_that_is_no_text_is_named(tmp_path, captions):
+    folder = write_coco(tmp_path / "d", captions=2)
+    changed(folder / "captions_train.json", "annotations", caption=None)
+    source = open_source({"kind": "coco_captions", "data": str(folder), "captions": captions})
+    with pytest.raises(DataError, match=r"000000000000\.png: a caption is None; expected text"):
+        source.document(0, visit())
+    assert "caption" in words(source.document(1, visit()))
+
+
+def test_a_question_without_answers_cannot_be_sampled(tmp_path):
+    folder = write_coco(tmp_path / "d", questions=1)
+    changed(folder / "vqa_train_annotations.json", "annotations", answers=[])
+    source = open_source({"kind": "vqa_v2", "data": str(folder), "answer": "sampled"})
+    with pytest.raises(DataError, match=r"'question 0 0 \?' has no answers to sample from"):
+        source.document(0, visit())
+    assert words(open_source({"kind": "vqa_v2", "data": str(folder)}).document(0, visit()))
 
 
 def test_text_that_is_not_utf8_or_vanishes_is_named(tmp_path):

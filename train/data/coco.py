@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from nmm_serve.coco_images import digits_of, names_by_digits
 from nmm_serve.errors import ConfigError, DataError
-from nmm_serve.train.data.documents import Document, caption_document, vqa_document
+from nmm_serve.train.data.documents import Document, caption_document, checked_text, vqa_document
 from nmm_serve.train.data.sources import Source, Visit
 
 MAX_QUESTIONS = 8
@@ -60,12 +60,13 @@ class CocoCaptions(Source):
         return f"{self.name}:{self._files[index]}"
 
     def document(self, index: int, visit: Visit) -> Document:
-        caption = visit.caption(self._captions[index], self._which, index)
-        image = self._images / self._files[index]
-        return caption_document(image, caption, objective=visit.objective, name=self.item_name(index))
+        name = self.item_name(index)
+        image = self._images / checked_text(self._files[index], f"{name}: file_name")
+        caption = visit.caption(self.texts(index), self._which, index)
+        return caption_document(image, caption, objective=visit.objective, name=name)
 
     def texts(self, index: int) -> list[str]:
-        return list(self._captions[index])
+        return [checked_text(caption, f"{self.item_name(index)}: a caption") for caption in self._captions[index]]
 
 
 class VQAv2(Source):
@@ -130,10 +131,14 @@ class VQAv2(Source):
         image, start = self._slices[index]
         # one order an image and epoch, so that the slices of an image share no question
         rng = visit.rng(image)
-        pairs = [(q, rng.choice(a[1:]) if self._sampled else a[0]) for q, a in self._asked[image]]
+        name, asked = self.item_name(index), self._asked[image]
+        for question, answers in asked:
+            if self._sampled and len(answers) == 1:
+                raise DataError(f"{name}: question {question!r} has no answers to sample from; use answer: majority")
+        pairs = [(q, rng.choice(a[1:]) if self._sampled else a[0]) for q, a in asked]
         rng.shuffle(pairs)
         chosen = pairs[start : start + self._max_questions]
-        return vqa_document(self._images / self._files[image], chosen, name=self.item_name(index))
+        return vqa_document(self._images / checked_text(self._files[image], f"{name}: file_name"), chosen, name=name)
 
 
 def _answers(record: dict[str, Any], path: Path) -> list[str]:
@@ -192,8 +197,8 @@ def _records(path: Path, key: str, fields: tuple[str, ...]) -> list[dict[str, An
         document = json.loads(path.read_bytes())
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise DataError(f"{path} is not JSON") from None
+    except (ValueError, RecursionError):
+        raise DataError(f"{path} is not JSON, or too deeply nested") from None
     records = document.get(key) if isinstance(document, dict) else None
     if not isinstance(records, list):
         raise DataError(f"{path}: expected an object with a list {key!r}")

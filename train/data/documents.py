@@ -34,8 +34,8 @@ class Document:
 
 def caption_document(image: ImageSource, caption: str, *, objective: Objective, name: str) -> Document:
     """An image and its caption: `<|bos|>{image}{caption}<|eos|>` in pretraining; in fine-tuning a chat whose user
-    asks "Describe the image.". Raises DataError for a caption without a word."""
-    caption = caption.strip()
+    asks "Describe the image.". Raises DataError for a caption without a word, or that is no text."""
+    caption = checked_text(caption, f"{name}: the caption").strip()
     if not caption:
         raise DataError(f"{name}: the caption is empty")
     if objective == "pretrain":
@@ -46,11 +46,13 @@ def caption_document(image: ImageSource, caption: str, *, objective: Objective, 
 
 def vqa_document(image: ImageSource, pairs: Sequence[tuple[str, str]], *, name: str) -> Document:
     """One chat about one image, a turn for each (question, answer). The image stands in the first turn and is paid for
-    once. Raises DataError for no question, or an empty question or answer."""
+    once. Raises DataError for no question, or a question or answer that is empty or no text."""
     if not pairs:
         raise DataError(f"{name}: no questions")
     messages: list[dict] = []
     for question, answer in pairs:
+        checked_text(question, f"{name}: the question")
+        checked_text(answer, f"{name}: the answer to {question!r}")
         if not question.strip() or not answer.strip():
             raise DataError(f"{name}: empty question or answer ({question!r}, {answer!r})")
         content = [{"type": "text", "text": question}]
@@ -61,7 +63,10 @@ def vqa_document(image: ImageSource, pairs: Sequence[tuple[str, str]], *, name: 
 
 
 def interleaved_document(content: Sequence[str | ImageSlot], images: Sequence[ImageSource], *, name: str) -> Document:
-    """Text and images in any order. Raises DataError without text."""
+    """Text and images in any order. Raises DataError without text, or for a part that is none."""
+    for part in content:
+        if not isinstance(part, ImageSlot):
+            checked_text(part, f"{name}: a part")
     if not any(isinstance(part, str) and part.strip() for part in content):
         raise DataError(f"{name}: no text")
     return Document(_plain(content), "interleaved", name, list(images))
@@ -69,9 +74,23 @@ def interleaved_document(content: Sequence[str | ImageSlot], images: Sequence[Im
 
 def text_document(text: str, *, name: str) -> Document:
     """Text alone. Raises DataError when there is none."""
-    if not text.strip():
+    if not checked_text(text, f"{name}: the document").strip():
         raise DataError(f"{name}: no text")
     return Document(_plain([text]), "text", name)
+
+
+def checked_text(value: object, what: str) -> str:
+    """The same value. Raises DataError unless it is text that has a UTF-8 form, as tokenizers need."""
+    if not isinstance(value, str):
+        raise DataError(f"{what} is {value!r}; expected text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{what} is not Unicode text: character {error.start} is half a surrogate pair ({value[error.start]!a}); "
+            "mend or remove it"
+        ) from None
+    return value
 
 
 def _plain(content: Sequence[str | ImageSlot]) -> list[tuple[str, Part]]:

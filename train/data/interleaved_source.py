@@ -59,8 +59,8 @@ class InterleavedJsonl(Source):
 def _content(line: str, name: str) -> list[dict[str, Any]]:
     try:
         record = json.loads(line)
-    except ValueError:
-        raise DataError(f"{name} is not JSON") from None
+    except (ValueError, RecursionError):
+        raise DataError(f"{name} is not JSON, or too deeply nested") from None
     content = record.get("content") if isinstance(record, dict) else None
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
         raise DataError(f"{name}: expected an object with a list 'content' of text and image parts")

@@ -88,8 +88,8 @@ class _Shard:
     def _from_json(self, text: str, name: str) -> str:
         try:
             record: Any = json.loads(text)
-        except ValueError:
-            raise DataError(f"{name}.json is not JSON") from None
+        except (ValueError, RecursionError):
+            raise DataError(f"{name}.json is not JSON, or too deeply nested") from None
         caption = record.get(self._field) if isinstance(record, dict) else None
         if not isinstance(caption, str):
             raise DataError(f"{name}.json: expected an object with text under {self._field!r}")

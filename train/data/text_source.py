@@ -117,8 +117,8 @@ class _JsonLines:
     def text(self, index: int, name: str) -> str:
         try:
             record = json.loads(decode(self._lines[index], name))
-        except ValueError:
-            raise DataError(f"{name} is not JSON") from None
+        except (ValueError, RecursionError):
+            raise DataError(f"{name} is not JSON, or too deeply nested") from None
         text = record.get(self._field) if isinstance(record, dict) else None
         if not isinstance(text, str):
             raise DataError(f"{name}: expected an object with text under {self._field!r}")
@@ -154,7 +154,10 @@ class _Parquet:
 
     def text(self, index: int, name: str) -> str:
         group, row = locate(index, self._ends)
-        text = self._group(group)[row].as_py()
+        try:
+            text = self._group(group)[row].as_py()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{name}: column {self._column!r} is not UTF-8 text (byte {error.start})") from None
         if text is None:
             raise DataError(f"{name}: column {self._column!r} is null")
         return text
