@@ -94,12 +94,14 @@ def sweep(plan: str, out: Path | None, only_estimate: bool, ray: str | None, gpu
     """
     from nmm_serve.train.sweep.plan import load_plan
     from nmm_serve.train.sweep.pools import LocalPool, Pool, RayPool
-    from nmm_serve.train.sweep.run import Sweep
+    from nmm_serve.train.sweep.run import Sweep, check_plan
 
     loaded = load_plan(plan)
     if only_estimate:
+        if out is not None:
+            check_plan(loaded, out)
         with tempfile.TemporaryDirectory(prefix="nmm-estimate-") as folder:
-            _tell_cost(Sweep(loaded, out or Path(folder)))
+            _tell_cost(Sweep(loaded, Path(folder)))
         return
     if out is None:
         raise UsageError("give the sweep's folder with --out")

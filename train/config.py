@@ -161,8 +161,9 @@ class TrainConfig:
         for name in ("steps", "context_length", "rows", "accumulate", "log_every", "eval_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.data.shards < 1:
-            raise ConfigError(f"data.shards must be at least 1, not {self.data.shards}")
+        for section, name in (("data", "shards"), ("data", "validation_documents"), ("tokenizer", "documents")):
+            if (value := getattr(getattr(self, section), name)) < 1:
+                raise ConfigError(f"{section}.{name} must be at least 1, not {value}")
         if any(not 1 <= step <= self.steps for step in self.save_at):
             raise ConfigError(f"save_at {list(self.save_at)} must name steps from 1 to {self.steps}")
         if not self.data.sources:

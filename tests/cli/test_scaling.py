@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from synthetic_runs import EARLY, SMALL, grid, lines, write_records
+from tiny_sweep import write_plan
 
 from nmm_serve.cli.train import main
 
@@ -68,3 +69,17 @@ def test_plan_from_the_papers_coefficients():
 def test_plan_refuses_two_sources(tmp_path):
     run = CliRunner().invoke(main, ["plan", "--flops", "1e21", "--records", "a", "--coefficients", "b"])
     assert run.exit_code == 2
+
+
+def test_an_estimate_touches_nothing_and_refuses_what_the_sweep_would(tmp_path, monkeypatch):
+    monkeypatch.setattr("nmm_serve.cli.scaling._tell_cost", lambda study: None)  # times the machine
+    out = tmp_path / "out"
+    out.mkdir()
+    command = ["sweep", write_plan(tmp_path / "p.yaml"), "--out", str(out), "--estimate"]
+    assert CliRunner().invoke(main, command).exit_code == 0
+    assert list(out.iterdir()) == []
+    (out / "tokenizer").mkdir()
+    refused = CliRunner().invoke(main, command)
+    assert refused.exit_code == 1
+    assert "was not made by a sweep" in refused.output
+    assert list(out.iterdir()) == [out / "tokenizer"]

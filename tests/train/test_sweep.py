@@ -2,11 +2,13 @@
 
 import copy
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import yaml
 from tiny_sweep import PLAN, InlinePool, sweep_once, write_plan
 
 from nmm_serve.checkpoint import checkpoint_hash
@@ -16,7 +18,7 @@ from nmm_serve.train.loop import train
 from nmm_serve.train.sweep.estimate import count_all, estimate
 from nmm_serve.train.sweep.plan import expand, load_plan, merged, plan_names
 from nmm_serve.train.sweep.pools import LocalPool, RayPool
-from nmm_serve.train.sweep.run import Sweep
+from nmm_serve.train.sweep.run import Sweep, check_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -84,11 +86,45 @@ def test_a_size_may_have_budgets_of_its_own(tmp_path):
         ({"mixtures": {"m": {"captions": 1}}}, "Did you mean 'caption'"),
         ({"base": {"rowz": 1}}, "Did you mean rows"),
         ({"sizes": {"atto": {"only": ["late"]}}}, "leaves no run"),
+        ({"sizes": {"atto": {"only": "late"}}}, "leaves no run"),
+        ({"sizes": {"atto": {"only": ["erly"]}}}, "sizes: atto: only: unknown family 'erly'. Did you mean 'early'"),
+        ({"sizes": {"atto": {"only": 3}}}, "sizes: atto: only: unknown family '3'"),
+        ({"sizes": {"atto": {"model": None}}}, "sizes: atto: model must be a section of keys, not None"),
+        ({"base": PLAN["base"] | {"tokenizer": None}}, "base: tokenizer must be a section"),
+        ({"tokens": [6400, 6500]}, "budgets 6400.0 and 6500.0 cannot be told apart: 10 and 10 steps"),
+        ({"tokens": [1.0001e7, 1.0002e7]}, "budgets .* cannot be told apart: 15627 and 15628 .*named 10M and 10M"),
+        ({"seeds": [0, 1, 0]}, "seeds names a seed twice"),
+        ({"seeds": [0, 1], "mixtures": {"": {}, "s1": {}}}, "two runs of the plan would be named 'early-atto-s1'"),
+        ({"base": merged(PLAN["base"], {"data": {"validation": []}})}, "data.validation names no source"),
+        ({"base": merged(PLAN["base"], {"data": {"validation_documents": 0}})}, "must be at least 1, not 0"),
+        ({"base": PLAN["base"] | {"init_from": "x"}}, "init_from has no place in a plan"),
+        ({"families": {"early": {"lora": {}}}}, "lora has no place in a plan"),
+        ({"sizes": {"atto": {"soft_token": True}}}, "soft_token has no place in a plan"),
     ],
 )  # fmt: skip
 def test_faulty_plans_are_named(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         expand(load_plan(write_plan(tmp_path / "p.yaml", **changes)))
+
+
+def test_a_size_may_be_limited_to_one_family_by_name(tmp_path):
+    sizes = {"atto": {"only": "late-moe"}, "femto": None}
+    runs = expand(load_plan(write_plan(tmp_path / "p.yaml", families=["late", "late-moe"], sizes=sizes)))
+    assert {(run.size, run.family) for run in runs} == {("atto", "late-moe"), ("femto", "late"), ("femto", "late-moe")}
+
+
+def test_a_tokenizer_that_no_sweep_made_is_left_alone(tmp_path, swept):
+    """A plan's own is made anew until the first run; one without a plan beside it is the user's."""
+    own = tmp_path / "out/tokenizer"
+    shutil.copytree(swept / "tokenizer", own)
+    making = load_plan(write_plan(tmp_path / "p.yaml"))
+    with pytest.raises(ConfigError, match="tokenizer was not made by a sweep.*base.tokenizer.path"):
+        Sweep(making, tmp_path / "out")
+    base = merged(PLAN["base"], {"tokenizer": {"path": str(own)}})
+    Sweep(load_plan(write_plan(tmp_path / "q.yaml", base=base)), tmp_path / "out")
+    with pytest.raises(ConfigError, match="tokenizer was not made by a sweep"):  # beside the plan that only read it
+        check_plan(making, tmp_path / "out")
+    assert (own / "tokenizer.json").is_file()
 
 
 def test_shipped_plans_expand():
@@ -152,6 +188,15 @@ def test_a_finished_sweep_is_left_alone_and_another_plan_refused(swept, tmp_path
         Sweep(load_plan(write_plan(tmp_path / "t.yaml", seeds=[1, 0])), swept)
     with pytest.raises(ConfigError, match="another size atto"):
         Sweep(load_plan(write_plan(tmp_path / "r.yaml", sizes={"atto": {"tokens": 12800}})), swept)
+    with pytest.raises(ConfigError, match="another family early"):
+        Sweep(load_plan(write_plan(tmp_path / "u.yaml", families={"early": {"optimizer": {"lr": 1.0}}})), swept)
+    added = load_plan(write_plan(tmp_path / "v.yaml", families=["late", "early"], mixtures={"": {}, "m": {"text": 1}}))
+    check_plan(added, swept)
+    shutil.copytree(swept, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoints"))
+    (tmp_path / "copy/plan.yaml").write_text(yaml.safe_dump(added.__dict__))
+    other = load_plan(write_plan(tmp_path / "w.yaml", mixtures={"m": {"text": 1, "caption": 99}}))
+    with pytest.raises(ConfigError, match="another mixture m"):
+        check_plan(other, tmp_path / "copy")
 
 
 def test_a_failed_run_is_tried_again_and_then_named(tmp_path):

@@ -9,7 +9,7 @@ import difflib
 import itertools
 import math
 import typing
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -135,8 +135,14 @@ def _check(plan: Plan, source: str) -> None:
     for family in plan.families:
         if family not in FAMILIES:
             raise ConfigError(f"{source}: {unknown_name('family', family, FAMILIES)}")
+    for label, changes in plan.sizes.items():
+        for family in _only(changes, plan):
+            if family not in FAMILIES:
+                raise ConfigError(f"{source}: sizes: {label}: only: {unknown_name('family', str(family), FAMILIES)}")
     if not isinstance(plan.seeds, list) or not all(type(s) is int and s >= 0 for s in plan.seeds) or not plan.seeds:
         raise ConfigError(f"{source}: seeds must be a list of whole numbers, not {plan.seeds!r}")
+    if len(set(plan.seeds)) < len(plan.seeds):
+        raise ConfigError(f"{source}: seeds names a seed twice: {plan.seeds}; the two runs would be one, so remove it")
     if not isinstance(plan.cooldown, float | int) or not 0 < plan.cooldown < 1:
         raise ConfigError(f"{source}: cooldown is a share of each budget, between 0 and 1, not {plan.cooldown!r}")
     for key, least in (("workers", 1), ("threads", 1), ("retries", 0)):
@@ -146,6 +152,23 @@ def _check(plan: Plan, source: str) -> None:
         raise ConfigError(f"{source}: utilisation is a share between 0 and 1, not {plan.utilisation!r}")
     if not isinstance(plan.base, dict):
         raise ConfigError(f"{source}: base must be keys of the training configuration, not {plan.base!r}")
+    sections = [f.name for f in fields(TrainConfig) if is_dataclass(f.default_factory)]
+    for where, keys in (
+        ("base", plan.base),
+        *((f"families: {name}", keys) for name, keys in plan.families.items()),
+        *((f"sizes: {name}", keys) for name, keys in plan.sizes.items()),
+    ):
+        for key in sections:
+            if not isinstance(keys.get(key, {}), dict):  # it would take the place of all keys of the section
+                raise ConfigError(
+                    f"{source}: {where}: {key} must be a section of keys, not {keys[key]!r}; or remove it"
+                )
+
+
+def _only(of_size: Values, plan: Plan) -> list[Any]:
+    """The families that a size is limited to: a name or a list of names."""
+    only = of_size.get("only", list(plan.families))
+    return only if isinstance(only, list) else [only]
 
 
 def expand(plan: Plan, tokenizer: str | None = None) -> list[Run]:
@@ -154,8 +177,8 @@ def expand(plan: Plan, tokenizer: str | None = None) -> list[Run]:
     for (family, of_family), (size, of_size), (mixture, weights), seed in itertools.product(
         plan.families.items(), plan.sizes.items(), plan.mixtures.items(), plan.seeds
     ):
-        changes = dict(of_size)
-        if family not in changes.pop("only", plan.families):
+        changes = {key: value for key, value in of_size.items() if key != "only"}
+        if family not in _only(of_size, plan):
             continue
         tokens = changes.pop("tokens", plan.tokens)
         if "preset" not in changes.get("model", {}):
@@ -172,15 +195,40 @@ def expand(plan: Plan, tokenizer: str | None = None) -> list[Run]:
         runs += _trunk_and_branches(budgeted, "-".join(filter(None, parts)), family, size, mixture, seed, values)
     if not runs:
         raise ConfigError("the plan leaves no run: `only` of the sizes excludes every family")
+    seen: set[str] = set()
+    for run in runs:
+        if run.name in seen:
+            raise ConfigError(f"two runs of the plan would be named {run.name!r}; rename a size or a mixture")
+        seen.add(run.name)
     return runs
 
 
 def _trunk_and_branches(
     plan: Plan, name: str, family: str, size: str, mixture: str, seed: int, values: Values
 ) -> list[Run]:
+    for key in ("init_from", "lora", "soft_token"):
+        if values.get(key) not in (None, False):
+            raise ConfigError(
+                f"{name}: {key} has no place in a plan: a sweep trains each size from scratch; remove it, or train one "
+                "model with nmm-train run"
+            )
     probe = config_from(merged(values, {"schedule": {"cooldown": 0.0}, "steps": 10**9}))
+    if not probe.data.validation:
+        raise ConfigError(
+            f"{name}: data.validation names no source, and a sweep records validation losses; name sources under "
+            "base.data.validation"
+        )
     positions = probe.rows * probe.accumulate * probe.context_length
-    budgets = {max(1, round(tokens / positions)): tokens for tokens in plan.tokens}
+    budgets: dict[int, float] = {}
+    for tokens in plan.tokens:
+        steps = max(1, round(tokens / positions))
+        for others, other in budgets.items():
+            if steps == others or _short(tokens) == _short(other):
+                raise ConfigError(
+                    f"{name}: the budgets {other} and {tokens} cannot be told apart: {others} and {steps} steps of "
+                    f"{positions} positions, named {_short(other)} and {_short(tokens)}; remove one of them"
+                )
+        budgets[steps] = tokens
     starts = {steps: steps - round(plan.cooldown * steps) for steps in budgets}
     for steps, at in starts.items():
         if at < max(1, probe.schedule.warmup_steps) or at == steps:

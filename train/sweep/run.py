@@ -33,6 +33,46 @@ class State:
     problems: list[str] = field(default_factory=list)
 
 
+def _makes_tokenizer(base: dict[str, Any]) -> bool:
+    return "path" not in (base.get("tokenizer") or {})
+
+
+def check_plan(plan: Plan, out: Path) -> None:
+    """A folder belongs to one training set-up, once a run was begun in it; sizes, families, mixtures and seeds may be
+    added to it later. Changes nothing.
+
+    Raises ConfigError with what is another in this plan, or when a tokenizer that no sweep made is in the way.
+    """
+    path, tokenizer = out / "plan.yaml", out / "tokenizer"
+    old = read_yaml(path) if path.is_file() else None
+    if not (out / "runs").is_dir():
+        made = old is not None and _makes_tokenizer(old.get("base") or {})
+        if tokenizer.exists() and not made and _makes_tokenizer(plan.base):
+            raise ConfigError(
+                f"{tokenizer} was not made by a sweep, and this one would make its own there; give another --out, or "
+                "name it under base.tokenizer.path to train with it"
+            )
+        return
+    if old is None:
+        return
+    first = plan.seeds[0]  # its runs are named without it
+    shared = {"base": plan.base, "cooldown": plan.cooldown, "tokens": plan.tokens}
+    changed = [key for key, value in shared.items() if old.get(key) != value]
+    changed += ["first seed"] if old.get("seeds", [first])[0] != first else []
+    for what, key, now in (
+        ("family", "families", plan.families),
+        ("size", "sizes", plan.sizes),
+        ("mixture", "mixtures", plan.mixtures),
+    ):
+        before = (old.get(key) or {}).items()
+        changed += [f"{what} {name}" for name, keys in before if name in now and now[name] != keys]
+    if changed:
+        raise ConfigError(
+            f"{out} holds a sweep with another {' and '.join(changed)}; use the same plan to go on, "
+            "or another --out to start anew"
+        )
+
+
 class Sweep:
     """A plan in a folder: `runs/NAME` for each run, `records.jsonl` with a line for each budget that is done."""
 
@@ -40,9 +80,7 @@ class Sweep:
         """Builds what all runs share, the tokenizer. Raises ConfigError for another plan in the folder, TrainingError
         while another sweep works there."""
         self.plan, self.out = plan, out
-        tokenizer = None
-        if "path" not in plan.base.get("tokenizer", {}):
-            tokenizer = str(out / "tokenizer")
+        tokenizer = str(out / "tokenizer") if _makes_tokenizer(plan.base) else None
         self.runs = {run.name: run for run in expand(plan, tokenizer)}
         self.states = {name: State() for name in self.runs}
         with locked(out):
@@ -50,25 +88,10 @@ class Sweep:
             self.processor = self._processor(tokenizer)
 
     def _keep_plan(self) -> None:
-        """A folder belongs to one training set-up, once a run was begun in it; sizes, families, mixtures and seeds may
-        be added to it later."""
-        path = self.out / "plan.yaml"
-        first = self.plan.seeds[0]  # its runs are named without it
-        shared = {"base": self.plan.base, "cooldown": self.plan.cooldown, "tokens": self.plan.tokens}
-        if not (self.out / "runs").is_dir():
+        check_plan(self.plan, self.out)
+        if not (self.out / "runs").is_dir() and _makes_tokenizer(self.plan.base):
             shutil.rmtree(self.out / "tokenizer", ignore_errors=True)  # it may be another plan's
-        elif path.is_file():
-            old = read_yaml(path)
-            changed = [key for key, value in shared.items() if old.get(key) != value]
-            changed += ["first seed"] if old.get("seeds", [first])[0] != first else []
-            sizes = self.plan.sizes
-            changed += [f"size {s}" for s, keys in old.get("sizes", {}).items() if s in sizes and sizes[s] != keys]
-            if changed:
-                raise ConfigError(
-                    f"{self.out} holds a sweep with another {' and '.join(changed)}; use the same plan to go on, "
-                    "or another --out to start anew"
-                )
-        write_whole(path, yaml.safe_dump(self.plan.__dict__, sort_keys=False))
+        write_whole(self.out / "plan.yaml", yaml.safe_dump(self.plan.__dict__, sort_keys=False))
 
     def _processor(self, tokenizer: str | None) -> NMMProcessor:
         """One tokenizer for all runs: losses under different ones cannot be compared."""
