@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -94,56 +95,80 @@ def load_coefficients(path: Path) -> dict[str, Any]:
     """A JSON or YAML file with a `fits` list, as `nmm-train fit -o` writes. Raises DataError."""
     try:
         document = (
-            yaml.safe_load(path.read_text(encoding="utf-8")) if path.suffix != ".json" else json.loads(path.read_text())
+            yaml.safe_load(path.read_text(encoding="utf-8"))
+            if path.suffix != ".json"
+            else json.loads(path.read_text(encoding="utf-8"))
         )
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; `nmm-train fit RECORDS -o {path}` writes one") from None
-    except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, IsADirectoryError) as error:
         raise DataError(f"{path} cannot be read as coefficients: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict) or not isinstance(document.get("fits"), list):
         raise DataError(f"{path} has no list `fits`; `nmm-train fit RECORDS -o FILE` writes one")
+    for key in ("notes", "warnings"):
+        if not isinstance(document.get(key, []), list):
+            raise DataError(f"{path}: {key} must be a list of sentences, not {document[key]!r}")
     return document
 
 
-def families(document: dict[str, Any], source: str) -> dict[str, Coefficients]:
-    """The mean-loss law of each family. Raises DataError naming a missing or impossible coefficient."""
-    found = {}
+def families(document: dict[str, Any], source: str) -> tuple[dict[str, Coefficients], dict[str, str]]:
+    """The mean-loss law of each family, and why other families have none that can be planned with.
+
+    Raises DataError where no family has one, naming what is missing or impossible in each.
+    """
+    found, left_out = {}, {}
     for position, fit in enumerate(document["fits"]):
         if not isinstance(fit, dict) or "family" not in fit:
             raise DataError(f"{source}: fits[{position}] has no family")
-        if fit.get("target", MEAN) != MEAN or fit.get("E", 0) is None:
+        if fit.get("target", MEAN) != MEAN:
             continue
-        values = {}
-        for name in ("E", "A", "alpha", "B", "beta"):
-            value = fit.get(name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
-                raise DataError(f"{source}: {fit['family']}: {name} must be a positive number, not {value!r}")
-            values[name] = float(value)
+        family = str(fit["family"])
         try:
-            found[str(fit["family"])] = _coefficients(fit, Law(**values))
-        except (TypeError, ValueError, AttributeError, LookupError):
-            raise DataError(
-                f"{source}: {fit['family']}: cost, all_params, resampled, range or warnings are not as `nmm-train fit "
-                "-o` writes them; leave them out or write the file again"
-            ) from None
+            found[family] = _coefficients(fit)
+        except DataError as error:
+            left_out[family] = f"{source}: {family}: {error}"
+        except (TypeError, ValueError, AttributeError, LookupError, OverflowError):
+            left_out[family] = (
+                f"{source}: {family}: cost, all_params, resampled, range or warnings are not as `nmm-train fit -o` "
+                "writes them; leave them out or write the file again"
+            )
     if not found:
-        raise DataError(f"{source} holds no fit of a mean loss")
-    return found
+        raise DataError("; ".join(left_out.values()) or f"{source} holds no fit of a mean loss")
+    return found, left_out
 
 
-def _coefficients(fit: dict[str, Any], law: Law) -> Coefficients:
-    resampled, reach = fit.get("resampled"), fit.get("range", {}).get("flops")
+def _coefficients(fit: dict[str, Any]) -> Coefficients:
+    """Raises DataError for a value that is out of its range, and what Python raises for one of another type."""
+    warnings = fit.get("warnings", [])
+    if not isinstance(warnings, list):
+        raise DataError(f"warnings must be a list of sentences, not {warnings!r}")
+    if fit.get("E", 0) is None:
+        raise DataError("; ".join(map(str, warnings)) or "no law was fitted to it")
+    law = Law(**{name: _positive(fit.get(name), name) for name in ("E", "A", "alpha", "B", "beta")})
+    cost = Cost(**{name: _positive(value, f"cost.{name}") for name, value in fit.get("cost", {}).items()})
+    resampled, reach, sizes = fit.get("resampled"), fit.get("range", {}).get("flops"), fit.get("all_params")
     columns = {k: np.array(resampled[k], float) for k in _RESAMPLED} if resampled else None
-    sizes = fit.get("all_params")
+    if columns and any(column.shape != (columns["log_E"].size,) for column in columns.values()):
+        lengths = ", ".join(f"{column.size} of {name}" for name, column in columns.items())
+        raise DataError(f"resampled must be lists of one length, not {lengths}")
+    sizes_S2 = np.array(sizes, float).reshape(-1, 2) if sizes else None
+    if sizes_S2 is not None and not (np.isfinite(sizes_S2) & (sizes_S2 > 0)).all():
+        raise DataError(f"all_params must be pairs of positive numbers, active and all, not {sizes!r}")
     return Coefficients(
         family=str(fit["family"]),
         law=law,
-        cost=Cost(**fit.get("cost", {})),
+        cost=cost,
         resampled=columns,
-        warnings=[str(warning) for warning in fit.get("warnings", [])],
+        warnings=[str(warning) for warning in warnings],
         flops_range=(float(reach[0]), float(reach[1])) if reach else None,
-        sizes_S2=np.array(sizes, float).reshape(-1, 2) if sizes else None,
+        sizes_S2=None if sizes_S2 is None else sizes_S2[np.argsort(sizes_S2[:, 0])],
     )
+
+
+def _positive(value: Any, name: str) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
+        raise DataError(f"{name} must be a positive number, not {value!r}")
+    return float(value)
 
 
 def make_plan(
@@ -156,10 +181,13 @@ def make_plan(
     devices: int,
     utilisation: float,
 ) -> dict[str, Any]:
-    """The plan for one budget, and the other families of the document at the same one."""
+    """The plan for one budget, and the other families of the document at the same one. A family that cannot be planned
+    for is left out and noted; asked for, it raises DataError."""
     if not (math.isfinite(flops) and flops > 0):
         raise ConfigError(f"--flops must be a positive number, not {flops!r}")
-    known = families(document, source)
+    known, left_out = families(document, source)
+    if family in left_out:
+        raise DataError(left_out[family])
     if family not in known:
         raise ConfigError(f"{source}: {unknown_name('family', family, known)}")
     rows = [
@@ -174,7 +202,11 @@ def make_plan(
         "multipliers": {
             other: _multiplier(known[family], known[other], flops) for other in known if other != family
         },
-        "notes": list(document.get("notes", [])),
+        "notes": [
+            *document.get("notes", []),
+            *document.get("warnings", []),
+            *(f"left out: {reason}" for reason in left_out.values()),
+        ],
         "definitions": DEFINITIONS,
     }  # fmt: skip
 

@@ -66,6 +66,15 @@ def test_plan_from_the_papers_coefficients():
     assert "note: A and B of the dense models are not printed" in table.stderr
 
 
+def test_plan_says_what_the_fit_it_makes_warned_of(tmp_path):
+    drawn = list(map(json.loads, lines(grid(SIZES[:3], BUDGETS[:3], EARLY))))
+    records = [json.dumps({k: v for k, v in record.items() if k != "flops"}) for record in drawn]
+    path = str(write_records(tmp_path / "r.jsonl", records))
+    run = CliRunner().invoke(main, ["plan", "--flops", "1e20", "--records", path])
+    assert run.exit_code == 0, run.output
+    assert "note: early: flops missing in 9 records" in run.stderr
+
+
 def test_plan_refuses_two_sources(tmp_path):
     run = CliRunner().invoke(main, ["plan", "--flops", "1e21", "--records", "a", "--coefficients", "b"])
     assert run.exit_code == 2

@@ -18,6 +18,8 @@ from nmm_serve.evals.scaling.records import parse_records
 from nmm_serve.evals.scaling.study import fit_records
 
 PAPER = "arXiv 2504.07951"
+OWN = {"family": "x", "E": 1.9, "A": 260, "alpha": 0.3, "B": 1900, "beta": 0.33}
+DRAWN = {"log_A": [5.0] * 30, "alpha": [0.3] * 30, "log_B": [7.0] * 30, "beta": [0.3] * 30, "log_E": [0.6] * 30}
 
 
 def plan(document=None, **changes):
@@ -96,6 +98,26 @@ def test_coefficients_of_ones_own(tmp_path):
     assert made["plan"]["n_params"] > 1e9
 
 
+def test_a_family_that_cannot_be_planned_for_is_left_out_and_raises_only_when_asked_for():
+    document = {"fits": [OWN | {"family": "early"}, OWN | {"family": "late", "alpha": -0.186}], "warnings": ["w"]}
+    made = plan(document)
+    assert (made["plan"]["family"], made["others"], made["multipliers"]) == ("early", [], {})
+    reason = f"{PAPER}: late: alpha must be a positive number, not -0.186"
+    assert made["notes"] == ["w", f"left out: {reason}"]
+    with pytest.raises(DataError) as error:
+        plan(document, family="late")
+    assert str(error.value) == reason
+
+
+def test_sizes_of_ones_own_may_stand_in_any_order():
+    sizes = [[1e8, 8e8], [1e10, 2e10]]
+    totals = [
+        plan({"fits": [OWN | {"all_params": order}]}, family="x")["plan"]["n_params_total"]
+        for order in (sizes, sizes[::-1])
+    ]
+    assert totals[0] == totals[1]
+
+
 @pytest.mark.parametrize(
     ("document", "message"),
     [
@@ -104,6 +126,12 @@ def test_coefficients_of_ones_own(tmp_path):
         ({"fits": []}, "holds no fit"),
         ({"fits": [{"family": "x", "E": 1, "A": 1, "alpha": 1, "B": 1, "beta": True}]}, "beta must be"),
         ({"fits": [{"family": "x", "E": 1, "A": 1, "alpha": 1, "B": 1, "beta": 1, "cost": {"y": 1}}]}, "x: cost"),
+        ({"fits": [OWN | {"cost": {"factor": "1"}}]}, "x: cost.factor must be a positive number, not '1'"),
+        ({"fits": [OWN | {"E": 10**400}]}, "x: E must be a positive number"),
+        ({"fits": [OWN | {"resampled": DRAWN | {"log_B": [7.0] * 20}}]}, "30 of alpha, 20 of log_B"),
+        ({"fits": [OWN | {"all_params": [[1e9, -1]]}]}, "x: all_params must be pairs of positive numbers"),
+        ({"fits": [OWN | {"warnings": "abc"}]}, "x: warnings must be a list of sentences, not 'abc'"),
+        ({"fits": [{"family": "x", "E": None, "warnings": ["3 runs are too few"]}]}, "file: x: 3 runs are too few"),
     ],
 )
 def test_impossible_coefficients_are_named(document, message):
@@ -124,6 +152,12 @@ def test_what_a_user_did_wrong(tmp_path):
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(DataError, match="cannot be read"):
         load_coefficients(tmp_path / "bad.json")
+    (tmp_path / "digits.json").write_text("1" * 5000)
+    with pytest.raises(DataError, match="cannot be read"):
+        load_coefficients(tmp_path / "digits.json")
+    (tmp_path / "notes.json").write_text('{"fits": [], "notes": "one"}')
+    with pytest.raises(DataError, match="notes must be a list of sentences, not 'one'"):
+        load_coefficients(tmp_path / "notes.json")
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(DataError, match="no list `fits`"):
         load_coefficients(tmp_path / "list.json")
