@@ -268,8 +268,35 @@ class NMMForConditionalGeneration(NMMPreTrainedModel, GenerationMixin):
         layers = [RouterTotals(part[:E], part[E]) for part in counts[1:].split(E + 1)]
         return counts[0], layers
 
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
+        """Each copy of a row gets the row's images, whole: transformers would repeat every patch by itself."""
+        pixel_values, image_grid = kwargs.pop("pixel_values", None), kwargs.pop("image_grid", None)
+        if expand_size > 1 and pixel_values is not None:
+            images = list(zip(pixel_values.split(image_grid.prod(-1).tolist()), image_grid.split(1), strict=True))
+            tokens_I = torch.tensor([self.config.image_tokens(len(patches)) for patches, _ in images])
+            ends_B = self.model.is_image(input_ids).sum(-1).cumsum(-1).cpu()
+            rows = torch.searchsorted(ends_B, tokens_I.cumsum(-1)).clamp(max=len(ends_B) - 1).tolist()
+            copies = [
+                image
+                for row in range(len(ends_B))
+                for _ in range(expand_size)
+                for image, its_row in zip(images, rows, strict=True)
+                if its_row == row
+            ]
+            pixel_values, image_grid = (torch.cat(column) for column in zip(*copies, strict=True))
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
+        return input_ids, kwargs | {"pixel_values": pixel_values, "image_grid": image_grid}
+
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
         if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            new_ids_BT = inputs["input_ids"]
+            if new_ids_BT.shape[1] > 1 and self.model.is_image(new_ids_BT).any():
+                raise PromptError(
+                    f"the prompt has images after the first {past_key_values.get_seq_length()} tokens, which the cache "
+                    "holds already; give the whole prompt and all of its images again, without past_key_values"
+                )
             inputs["pixel_values"] = inputs["image_grid"] = None  # they are in the cache already
         return inputs

@@ -59,6 +59,55 @@ def test_generate_with_and_without_cache(loaded):
     assert torch.equal(cached, uncached)
 
 
+def test_copies_of_a_row_see_its_images(loaded):
+    """The rows have two, no and one image, of several sizes."""
+    model, processor = loaded
+    batch, by_hand = (
+        processor.collate([prompt for prompt in prompts(processor) for _ in range(copies)]) for copies in (1, 2)
+    )
+    options = {"max_new_tokens": 5, "min_new_tokens": 5}
+    ways = [(batch, {"num_return_sequences": 2}), (by_hand, {})]
+    answers = []
+    for inputs, more in ways:
+        torch.manual_seed(0)
+        answers.append(model.generate(**inputs, do_sample=True, **options, **more))
+    assert torch.equal(*answers)
+
+    beams = model.generate(
+        **batch, do_sample=False, num_beams=2, num_return_sequences=2, length_penalty=0.0, output_scores=True,
+        return_dict_in_generate=True, **options,
+    )  # fmt: skip
+    length = batch["input_ids"].shape[1]
+    more = {"attention_mask": torch.cat((by_hand["attention_mask"], torch.ones(6, 5).long()), dim=1)}
+    logprobs = model(**by_hand | more | {"input_ids": beams.sequences}).logits.log_softmax(-1)[:, length - 1 : -1]
+    told = logprobs.gather(2, beams.sequences[:, length:, None])[..., 0].sum(-1)
+    torch.testing.assert_close(beams.sequences_scores, told, rtol=1e-3, atol=1e-3)
+
+
+def test_copies_of_raw_pixels(tmp_path):
+    path = make_parity_checkpoint(tmp_path / "ckpt", "early")
+    model, processor = load_model(path), load_processor(path)
+    processor.image_processor.raw_pixels = True
+    batch, by_hand = (processor.collate(prompts(processor)[2:] * copies) for copies in (1, 2))
+    assert batch["pixel_values"].dtype == torch.uint8
+    torch.manual_seed(0)
+    copies = model.generate(**batch, do_sample=True, num_return_sequences=2, max_new_tokens=5)
+    torch.manual_seed(0)
+    assert torch.equal(copies, model.generate(**by_hand, do_sample=True, max_new_tokens=5))
+
+
+def test_an_image_after_what_the_cache_holds_is_refused(loaded):
+    model, processor = loaded
+    first, _, second = prompts(processor)
+    begun = model.generate(**processor.collate([first]), max_new_tokens=2, return_dict_in_generate=True)
+    ids = torch.cat((begun.sequences, torch.tensor([second.input_ids])), dim=1)
+    with pytest.raises(PromptError, match="images after the first .* without past_key_values"):
+        model.generate(
+            ids, past_key_values=begun.past_key_values, max_new_tokens=2,
+            pixel_values=second.pixel_values, image_grid=second.image_grid,
+        )  # fmt: skip
+
+
 def test_patches_see_the_whole_image_and_text_only_the_past(loaded):
     model, processor = loaded
     prompt = prompts(processor)[2]
