@@ -1,5 +1,6 @@
 """nmm-serve: serve a checkpoint, ask it something, look at it, and check the installation."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -8,7 +9,7 @@ from typing import Any
 
 import click
 
-from nmm_serve.cli.errors import Group
+from nmm_serve.cli.errors import Command, Group
 from nmm_serve.cli.kernels import kernels
 from nmm_serve.cli.render import note, print_json, print_table, quiet_stdout, stderr_console
 
@@ -31,7 +32,15 @@ def main() -> None:
 main.add_command(kernels)
 
 
-@main.command(context_settings={"ignore_unknown_options": True})
+class Launch(Command):
+    """vLLM has short flags of several letters (`-tp 2`, `-cc.mode=0`). click would take them for ours in a row, if
+    there were any of ours: `-v` and `-h` are told apart here."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [{"-v": "--verbose", "-h": "--help"}.get(arg, arg) for arg in args])
+
+
+@main.command(cls=Launch, context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]})
 @click.argument("checkpoint")
 @click.argument("vllm_flags", nargs=-1, type=click.UNPROCESSED)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on. 0.0.0.0: every one.")
@@ -53,7 +62,7 @@ main.add_command(kernels)
 @click.option(
     "--log-file", type=click.Path(path_type=Path, dir_okay=False), help="Append the server's log to this file."
 )
-@click.option("-v", "--verbose", is_flag=True, help="Show the server's log.")
+@click.option("--verbose", is_flag=True, help="Show the server's log; or -v.")
 def launch(
     checkpoint: str,
     vllm_flags: tuple[str, ...],
@@ -87,7 +96,7 @@ def launch(
         raise click.UsageError("--max-waiting and --threads belong to --engine onnx")
     if max_num_seqs is not None:
         vllm_flags = (*vllm_flags, "--max-num-seqs", str(max_num_seqs))
-    log_stream = log_file.open("a", buffering=1) if log_file else None
+    log_stream = log_file.open("a", buffering=1, encoding="utf-8", errors="replace") if log_file else None
     console = stderr_console()
 
     def log(line: str) -> None:
@@ -99,7 +108,8 @@ def launch(
             log_stream = None
             note(f"Warning: {log_file} cannot be written ({error.strerror}); the log ends here.")
         if verbose:
-            click.echo(line, err=True)
+            with contextlib.suppress(OSError):  # nobody reads it any more
+                click.echo(line, err=True)
 
     with console.status("Checking the checkpoint ..."):
         server = Server(checkpoint, ServerOptions(api_key=api_key, extra=vllm_flags, **options), log=log)

@@ -1,15 +1,17 @@
 """Start the real vLLM server on a checkpoint, with safe defaults, and look after its process."""
 
+import http.client
 import importlib.util
+import logging
 import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -23,6 +25,8 @@ from nmm_serve.server_gate import PARENT
 
 if TYPE_CHECKING:
     from nmm_serve.config import NMMConfig
+
+logger = logging.getLogger(__name__)
 
 MAX_N = 64
 """Answers to one request at most."""
@@ -76,15 +80,56 @@ def flag_names(flags: Sequence[str]) -> list[str]:
     return [flag.split("=")[0].lstrip("-").replace("_", "-") for flag in flags if re.match(r"-+[A-Za-z]", flag)]
 
 
+def with_config_file(flags: Sequence[str]) -> list[str]:
+    """The flags of a vLLM command line and, before them, those in the YAML file that its `--config` names: vLLM, too,
+    reads them in that order, and takes the last of two.
+
+    Raises UsageError for a file that vLLM would not read, or would read otherwise than it was meant.
+    """
+    import yaml
+
+    if any(flag.startswith("--config=") for flag in flags) or flags.count("--config") > 1:
+        raise UsageError("vLLM reads one --config file, whose name is an argument of its own: --config FILE")
+    if "--config" not in flags:
+        return list(flags)
+    file = next(iter(flags[flags.index("--config") + 1 :]), "")
+    if not file.endswith((".yaml", ".yml")):
+        raise UsageError(f"--config {file!r} is not a file of vLLM's; expected the name of one in .yaml or .yml")
+    try:
+        values = yaml.safe_load(Path(file).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        values = None
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise UsageError(f"--config {file} is not YAML with one 'flag: value' a line, for example 'max-num-seqs: 4'")
+    found: list[str] = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            found.append(f"--{name}" if value else f"--no-{name}")
+        elif value != []:
+            found += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return [*found, *flags]
+
+
+def given_names(options: ServerOptions) -> set[str]:
+    """vLLM's flags that were given, on the command line or in a `--config` file; of `--name.field` the name."""
+    return {re.sub(r"\..*", "", name) for name in flag_names(with_config_file(options.extra))}
+
+
 def eager(options: ServerOptions) -> bool:
     """Whether to run without torch.compile: on a CPU it costs a minute at each start, and needs a C++ compiler. Any of
     vLLM's flags about it turns it on, for decoder and ViT alike."""
-    return not on_gpu() and not {"compilation-config", "O", "cc", "no-enforce-eager"} & set(flag_names(options.extra))
+    about_it = re.compile(r"O[0-9]?|cc|compilation-config|optimization-level|no-enforce-eager")
+    return not on_gpu() and not any(about_it.fullmatch(name) for name in given_names(options))
+
+
+def is_encrypted(options: ServerOptions) -> bool:
+    """Whether vLLM will speak https. It takes a flag's beginning for the flag."""
+    return any(own.startswith(name) for own in ("ssl-keyfile", "ssl-certfile") for name in given_names(options))
 
 
 def check_flags(options: ServerOptions) -> None:
     """Raises UsageError for flags that contradict the command's own options or its guards."""
-    for name in flag_names([flag for flag in options.extra if flag.startswith("--")]):
+    for name in flag_names([flag for flag in with_config_file(options.extra) if flag.startswith("--")]):
         for own, instead in OWN_FLAGS.items():
             if own.startswith(name):  # vLLM takes a flag's beginning for the flag
                 raise UsageError(f"--{own} cannot be passed on to vLLM: {instead}")
@@ -151,7 +196,7 @@ def server_command(checkpoint: Path, config: "NMMConfig", options: ServerOptions
     }
     if eager(options):
         defaults["enforce-eager"] = []
-    given = {re.sub(r"\..*", "", name) for name in flag_names(options.extra)}
+    given = {name.removeprefix("no-") for name in given_names(options)}
     command = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint)]
     for name, values in defaults.items():
         if name not in given:
@@ -229,6 +274,7 @@ class Server:
         self.port = free_port(self.options.host, self.options.port)
         self.command = server_command(self.checkpoint, config, self.options, self.port)
         self.served_model = served_name(self.command)
+        self.encrypted = is_encrypted(self.options)
         self._log = log or (lambda line: None)
         self._lines: deque[str] = deque(maxlen=400)
         self._asked = False
@@ -238,7 +284,8 @@ class Server:
     def url(self) -> str:
         """Where a client on this machine finds it."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.options.host, self.options.host)
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        scheme = "https" if self.encrypted else "http"
+        return f"{scheme}://[{host}]:{self.port}" if ":" in host else f"{scheme}://{host}:{self.port}"
 
     def __enter__(self) -> "Server":
         try:
@@ -260,7 +307,7 @@ class Server:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
             errors="replace",
             start_new_session=True,
         )
@@ -270,9 +317,15 @@ class Server:
     def _read_log(self) -> None:
         assert self.process is not None
         assert self.process.stdout is not None
-        for line in self.process.stdout:
+        told = False
+        for line in self.process.stdout:  # to the end, whatever happens: a server whose pipe is full stands still
             self._lines.append(line.rstrip("\n"))
-            self._log(line.rstrip("\n"))
+            try:
+                self._log(line.rstrip("\n"))
+            except Exception as error:
+                if not told:
+                    logger.warning("a line of the server's log could not be passed on: %s", error)
+                told = True
 
     def wait_ready(self, waiting: Callable[[float], None] | None = None, timeout_s: float | None = None) -> None:
         """Until the server answers. `waiting` is called with the seconds so far, a few times a second.
@@ -296,11 +349,18 @@ class Server:
             time.sleep(0.25)
 
     def _healthy(self) -> bool:
+        """Asked directly, whatever proxy the environment names, and with any certificate: it is our own child."""
+        unverified = ssl.create_default_context()
+        unverified.check_hostname, unverified.verify_mode = False, ssl.CERT_NONE
+        opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=unverified)
+        )
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as response:
+            with opener.open(f"{self.url}/health", timeout=5) as response:
                 return response.status == 200
-        except (urllib.error.URLError, OSError):
-            return False
+        except (OSError, http.client.HTTPException) as error:
+            # one that wants a certificate of its clients is there, but will not answer us
+            return any(isinstance(cause, ssl.SSLError) for cause in (error, getattr(error, "reason", None)))
 
     def wait(self) -> int:
         """Until the server ends by itself; its exit status."""
@@ -353,11 +413,12 @@ def checked_config(checkpoint: str | Path) -> "NMMConfig":
 
 
 def served_name(command: Sequence[str]) -> str:
-    """The name under which clients ask for the model: the first after --served-model-name."""
-    for i, flag in enumerate(command):
+    """The name under which clients ask for the model: the first after the last --served-model-name."""
+    flags = with_config_file(command)
+    for i, flag in reversed(list(enumerate(flags))):
         name, _, value = flag.partition("=")
         if name.replace("_", "-") == "--served-model-name":
-            return value or command[i + 1]
+            return value or flags[i + 1]
     raise AssertionError("server_command always names the model")
 
 

@@ -1,6 +1,7 @@
 """nmm-serve: what each command prints, and how it fails."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from tiny_checkpoint import make_checkpoint
 
 from nmm_serve import doctor
 from nmm_serve.cli.serve import main
+from nmm_serve.errors import EngineError
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +26,25 @@ def picture(tmp_path):
     path = tmp_path / "a.png"
     Image.new("RGB", (40, 30), "red").save(path)
     return path
+
+
+NOISY = """
+import http.server, os, sys
+for number in range(300):
+    sys.stdout.buffer.write(b"\\xe2\\x96\\x88\\xe2\\x96\\x84 " + b"x" * 1000 + b"\\n")
+sys.stdout.flush()
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.flush()
+        self.connection.close()
+        os._exit(0)
+    def log_message(self, *args):
+        pass
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+"""Stands for vLLM: says more than a pipe holds, and ends when it was found ready."""
 
 
 def run(*args, **options):
@@ -192,6 +213,46 @@ class TestLaunch:
         fails(run("launch", checkpoint, "--allowed-media-domains", "x.example"), "use --allow-media-domain", 2)
         fails(run("launch", checkpoint, "--max-model-len", 4096), "the model's context of 512")
         fails(run("launch", "--block-size", "32", checkpoint), "give the directory first", 2)
+
+    @pytest.mark.parametrize(
+        "flags", [["-cc.mode=0"], ["-cc", '{"mode": 3}', "-dph"], ["-O3"], ["-O.level=3"], ["-tp", "2", "-dp", "2"]]
+    )
+    @pytest.mark.parametrize("ours", [[], ["-v"]])
+    def test_vllms_short_flags_reach_it(self, checkpoint, flags, ours, monkeypatch):
+        seen = []
+
+        def server(path, options, log):
+            seen.extend(options.extra)
+            raise EngineError("seen")
+
+        monkeypatch.setattr("nmm_serve.server.Server", server)
+        fails(run("launch", *ours, checkpoint, *flags, *ours, "--port", 0, "--seed", 1), "seen")
+        assert seen == [*flags, "--seed", "1"]
+
+    def test_the_server_lives_on_when_nobody_reads_its_log(self, checkpoint, tmp_path):
+        """Standard error is closed, and the locale knows no character that vLLM draws."""
+        code = (
+            "import sys, types, nmm_serve.server as server\n"
+            "light = sys.modules['nmm_serve.checkpoint'] = types.ModuleType('light')\n"  # the real one takes seconds
+            "light.load_config = light.load_processor = lambda _: types.SimpleNamespace(max_position_embeddings=512)\n"
+            "from nmm_serve.cli.serve import main\n"
+            f"server.server_command = lambda *a: [sys.executable, '-c', {NOISY!r}, str(a[3]), "
+            "'--served-model-name', 'm']\n"
+            "main()"
+        )
+        command = [sys.executable, "-P", "-c", code, "launch", str(checkpoint), "--port", "0", "-v"]
+        read, write = os.pipe()
+        os.close(read)
+        ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        log = tmp_path / "log"
+        with os.fdopen(write, "w") as closed:
+            done = subprocess.run(
+                [*command, "--log-file", str(log)], stdout=subprocess.PIPE, stderr=closed, text=True, timeout=100,
+                env=os.environ | ascii_only,
+            )  # fmt: skip
+        assert done.returncode == 0
+        assert "Ready: " in done.stdout
+        assert [line[:3] for line in log.read_text(encoding="utf-8").splitlines()] == ["\u2588\u2584 "] * 300
 
     def test_a_log_file_that_cannot_be_written(self, checkpoint, tmp_path):
         fails(run("launch", checkpoint, "--log-file", tmp_path / "no" / "x.log"), "no such file or directory")

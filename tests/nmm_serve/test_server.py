@@ -83,6 +83,53 @@ def test_compiling_can_be_asked_for(command, monkeypatch):
     assert "--enforce-eager" not in command(extra=asked.extra)
     assert "TORCH_COMPILE_DISABLE" not in module.server_environment(asked)
     assert module.server_environment(ServerOptions())["TORCH_COMPILE_DISABLE"] == "1"
+    for flags in (["-O3"], ["-O.mode=3"], ["-cc.mode=3"], ["-cc", "{}"], ["--optimization-level", "1"]):
+        assert not module.eager(ServerOptions(extra=tuple(flags))), flags
+    assert module.eager(ServerOptions(extra=("-tp", "2")))
+
+
+class TestConfigFile:
+    """vLLM's `--config`, whose flags it ranks below those of the command line: our defaults, too, stand there."""
+
+    @pytest.fixture
+    def file(self, tmp_path):
+        def write(text):
+            (tmp_path / "a.yaml").write_text(text)
+            return "--config", str(tmp_path / "a.yaml")
+
+        return write
+
+    def test_what_is_in_it_replaces_defaults(self, command, file, monkeypatch):
+        monkeypatch.setattr(module, "on_gpu", lambda: False)
+        text = "served_model_name: [mine, other]\nmax-model-len: 128\nenforce-eager: false\nseed:\n"
+        built = command(extra=file(text + "disable-uvicorn-access-log: false\nssl-certfile: c.pem\n"))
+        replaced = ("--served-model-name", "--max-model-len", "--enforce-eager", "--disable-uvicorn-access-log")
+        assert not set(replaced) & set(built)
+        assert "--config" in built
+        assert module.served_name(built) == "mine"
+        assert value(built, "--dtype") == "float32"
+        assert module.served_name(command(extra=("--served-model-name", "over", *file(text)))) == "over"
+        assert module.is_encrypted(ServerOptions(extra=file("ssl-certfile: c.pem")))
+
+    @pytest.mark.parametrize(
+        ("text", "told"),
+        [
+            ("trust-remote-code: true", "--trust-remote-code cannot be passed on"),
+            ("disable_chunked_mm_input: false", "wrong answers"),
+            ("host: 0.0.0.0", "use the command's own --host"),
+            ("dtype: float16", "--dtype was given twice"),
+            ("a: [", "is not YAML with one 'flag: value' a line"),
+            ("- a", "is not YAML with one 'flag: value' a line"),
+        ],
+    )
+    def test_what_is_in_it_is_checked_like_flags(self, file, text, told):
+        with pytest.raises(UsageError, match=told):
+            module.check_flags(ServerOptions(extra=file(text), dtype="float32"))
+
+    @pytest.mark.parametrize("flags", [("--config=a.yaml",), ("--config", "a.txt"), ("--config",), ("--config",) * 4])
+    def test_another_way_to_name_it_is_refused(self, flags):
+        with pytest.raises(UsageError, match="--config"):
+            module.check_flags(ServerOptions(extra=flags))
 
 
 def test_flag_names():
@@ -177,8 +224,25 @@ def test_stopping_what_was_never_started(checkpoint):
     assert Server(checkpoint, ServerOptions(port=0)).stop() == 0
 
 
+CERTIFICATE = """
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgUL3+rOBobkfYTd+O
+KGtokD98XJJ80XHWrGSaHqFAR7yhRANCAARP5rI7EVSrIFORFtS0WhbWBlwY9SVQ
+fst4oTevQjKdcvBucoqGBmaVb40a2A+Qf9lnoXNdfrFJEFEXRh4EWDOT
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBdTCCARugAwIBAgIUBa8WYeFSE73jaRUqh9V8ck5DcZ8wCgYIKoZIzj0EAwIw
+DzENMAsGA1UEAwwEdGVzdDAgFw0yNjExMjMxMzAzMDlaGA8yMTI2MTAzMDEzMDMw
+OVowDzENMAsGA1UEAwwEdGVzdDBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABE/m
+sjsRVKsgU5EW1LRaFtYGXBj1JVB+y3ihN69CMp1y8G5yioYGZpVvjRrYD5B/2Weh
+c11+sUkQURdGHgRYM5OjUzBRMB0GA1UdDgQWBBSRS0khMPyLk7Ecy+Lfo9gaSXKS
+DjAfBgNVHSMEGDAWgBSRS0khMPyLk7Ecy+Lfo9gaSXKSDjAPBgNVHRMBAf8EBTAD
+AQH/MAoGCCqGSM49BAMCA0gAMEUCIQC7niR8d/XhEqVwidS1aGu2qhG70KThNqnT
+8ozmJRNsXwIgXJCnApbnewXWc0BOFbgWbrX2bJUp7jyIgBLYjLjzlpc=
+-----END CERTIFICATE-----
+"""
 STUB = """
-import http.server, signal, sys, time
+import http.server, signal, ssl, sys, time
 mode = sys.argv[1]
 print("starting", mode, flush=True)
 if mode == "crash":
@@ -186,6 +250,9 @@ if mode == "crash":
     sys.exit(3)
 if mode == "slow":
     time.sleep(60)
+if mode == "noisy":
+    for number in range(300):
+        sys.stdout.buffer.write(b"line %d \\xff \\xe2\\x96\\x88 " % number + b"x" * 1000 + b"\\n")
 if mode == "stubborn":
     signal.signal(signal.SIGTERM, lambda *_: print("not yet", flush=True))
 else:
@@ -194,7 +261,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
-http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()
+server = http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Handler)
+if mode in ("https", "both sides"):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(sys.argv[5])
+    if mode == "both sides":
+        context.load_verify_locations(sys.argv[5])
+        context.verify_mode = ssl.CERT_REQUIRED
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+server.serve_forever()
 """
 
 
@@ -206,13 +281,13 @@ class TestProcess:
         pytest.importorskip("vllm")
         started = []
 
-        def begin(mode):
+        def begin(mode, *flags, log=None):
             def stub(checkpoint, config, options, port):
-                return [sys.executable, "-c", STUB, mode, str(port), "--served-model-name", "tiny"]
+                return [sys.executable, "-c", STUB, mode, str(port), "--served-model-name", "tiny", *flags[1:]]
 
             monkeypatch.setattr(module, "server_command", stub)
             lines: list[str] = []
-            server = Server(checkpoint, ServerOptions(port=0), log=lines.append)
+            server = Server(checkpoint, ServerOptions(port=0, extra=flags), log=log or lines.append)
             server.start()
             started.append(server)
             return server, lines
@@ -260,3 +335,29 @@ class TestProcess:
         server.wait_ready()
         assert server.stop(grace_s=0.5) == -9
         assert "not yet" in lines
+
+    def test_a_proxy_is_not_asked_whether_it_is_ready(self, start, monkeypatch):
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+        monkeypatch.delenv("no_proxy", raising=False)
+        server, _ = start("good")
+        server.wait_ready(timeout_s=20)
+
+    @pytest.mark.parametrize("mode", ["https", "both sides"])
+    def test_one_that_speaks_https_becomes_ready(self, start, tmp_path, mode):
+        (tmp_path / "both.pem").write_text(CERTIFICATE)
+        server, _ = start(mode, "--ssl-certfile", str(tmp_path / "both.pem"))
+        server.wait_ready(timeout_s=20)
+        assert server.url == f"https://127.0.0.1:{server.port}"
+
+    def test_its_log_is_read_whatever_becomes_of_the_lines(self, start, caplog):
+        """Else its pipe fills, and it stands still at its next word."""
+
+        def log(line):
+            raise RuntimeError("nobody reads this")
+
+        server, _ = start("noisy", log=log)
+        server.wait_ready(timeout_s=20)
+        assert [record.message for record in caplog.records] == [
+            "a line of the server's log could not be passed on: nobody reads this"
+        ]
+        assert "line 299 \ufffd \u2588 " + "x" * 1000 in server.last_log_lines()
