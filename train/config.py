@@ -88,7 +88,7 @@ class OptimizerConfig:
     """
 
     lr: float | None = None
-    """Peak rate. None: the preset's."""
+    """Peak rate. None: that of the preset, with `init_from` of the one that its model was trained with."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 1e-4
@@ -158,7 +158,8 @@ class TrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def validate(self) -> None:
-        for name in ("steps", "context_length", "rows", "accumulate", "log_every", "eval_every", "save_every", "keep"):
+        counts = ("steps", "context_length", "rows", "accumulate", "log_every", "eval_every", "save_every", "keep")
+        for name in (*counts, "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         for section, name in (("data", "shards"), ("data", "validation_documents"), ("tokenizer", "documents")):
@@ -168,11 +169,11 @@ class TrainConfig:
             raise ConfigError(f"save_at {list(self.save_at)} must name steps from 1 to {self.steps}")
         if not self.data.sources:
             raise ConfigError("data.sources is empty; name at least one source (see the recipes: nmm-train recipes)")
-        for name in ("vision_lr_scale", "connector_lr_scale", "decoder_lr_scale"):
-            if getattr(self.optimizer, name) < 0:
-                raise ConfigError(f"optimizer.{name} must be 0 (frozen) or more, not {getattr(self.optimizer, name)}")
+        self._validate_optimizer()
         self._validate_start()
         self._validate_adapters()
+        if self.schedule.warmup_steps < 0:
+            raise ConfigError(f"schedule.warmup_steps must be 0 or more, not {self.schedule.warmup_steps}")
         if not 0 <= self.schedule.cooldown <= 1:
             raise ConfigError(f"schedule.cooldown is a share of the steps, 0 to 1, not {self.schedule.cooldown}")
         if self.schedule.warmup_steps + self.schedule.cooldown * self.steps > self.steps:
@@ -180,6 +181,28 @@ class TrainConfig:
                 f"schedule.warmup_steps {self.schedule.warmup_steps} and a cool-down over {self.schedule.cooldown:.0%} "
                 f"of {self.steps} steps do not fit into the run; shorten one or raise steps"
             )
+
+    def _validate_optimizer(self) -> None:
+        optimizer = self.optimizer
+        for name in ("vision_lr_scale", "connector_lr_scale", "decoder_lr_scale"):
+            if getattr(optimizer, name) < 0:
+                raise ConfigError(f"optimizer.{name} must be 0 (frozen) or more, not {getattr(optimizer, name)}")
+        if optimizer.lr is not None and optimizer.lr <= 0:
+            raise ConfigError(
+                f"optimizer.lr must be over 0, not {optimizer.lr:g}; leave it out for the preset's rate, or freeze a "
+                "part with optimizer.PART_lr_scale=0"
+            )
+        if optimizer.grad_clip <= 0:
+            raise ConfigError(
+                f"optimizer.grad_clip is the largest norm of the gradient, over 0, not {optimizer.grad_clip:g}; to "
+                "switch clipping off, give a huge one such as 1e9"
+            )
+        if not all(0 <= beta < 1 for beta in optimizer.betas):
+            raise ConfigError(f"optimizer.betas must be 0 or more and below 1, not {list(optimizer.betas)}")
+        if optimizer.eps <= 0:
+            raise ConfigError(f"optimizer.eps must be over 0, not {optimizer.eps:g}")
+        if optimizer.weight_decay < 0:
+            raise ConfigError(f"optimizer.weight_decay must be 0 (off) or more, not {optimizer.weight_decay:g}")
 
     def _validate_adapters(self) -> None:
         given = [name for name in ("lora", "soft_token") if getattr(self, name)]

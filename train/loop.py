@@ -15,7 +15,6 @@ import torch
 from nmm_serve import __version__
 from nmm_serve.checkpoint import clear_leftovers, save_checkpoint
 from nmm_serve.errors import TrainingError
-from nmm_serve.presets import preset
 from nmm_serve.routing import IMAGE, TEXT, count_routed, modality_groups
 from nmm_serve.sizing import count_params, paper_flops
 from nmm_serve.train.config import TrainConfig
@@ -102,6 +101,7 @@ class Trainer:
         if config.parallel.activation_checkpointing:
             recompute_activations(self.model)
         self.forward: Any = spread(self.model, procs, self.dtype, division)
+        self.peak_lr = self.opening.peak_lr
         self.optimizer = build_optimizer(self.model, config.optimizer, self.peak_lr)
         state = self.opening.load(self.optimizer, procs)
         if config.compile:
@@ -140,10 +140,6 @@ class Trainer:
         )
         self.gemm_rate = procs.sums({"rate": gemm_rate(self.device, self.dtype)})["rate"]
         self.stop_signal: int | None = None
-
-    @property
-    def peak_lr(self) -> float:
-        return self.config.optimizer.lr or preset(self.config.model.preset).peak_lr
 
     def report(self, event: dict[str, Any], log: bool = True) -> None:
         """One event of the whole run: the main process logs and shows it."""
@@ -341,6 +337,7 @@ class Trainer:
             "family": self.model.config.family,
             "params": {"total": counts.total, "active": counts.active, "paper": counts.paper},
             "parts": self.parts,
+            "peak_lr": self.peak_lr,
             "steps": self.step,
             "tokens": int(self.totals["tokens"]),
             "image_tokens": int(self.totals["image_tokens"]),

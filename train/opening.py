@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
-from nmm_serve.checkpoint import checkpoint_hash, load_model, load_processor, save_checkpoint
+from nmm_serve.checkpoint import checkpoint_hash, load_model, load_processor, read_run, save_checkpoint
 from nmm_serve.config import NMMConfig
+from nmm_serve.errors import ConfigError
 from nmm_serve.image_processor import takes_raw_pixels
 from nmm_serve.models import NMMForConditionalGeneration
+from nmm_serve.presets import PRESETS, preset
 from nmm_serve.processor import NMMProcessor
 from nmm_serve.train.adapters import SOFT_TOKEN, Adapters, has_adapters
 from nmm_serve.train.build import build
@@ -33,6 +35,7 @@ class Opening:
     base_hash: str | None
     point: Path | None
     """The resume checkpoint to go on from."""
+    peak_lr: float
 
     def load(self, optimizer: Any, procs: Processes) -> dict[str, Any]:
         """Put weights and optimiser of the resume checkpoint in place, once the model is spread over the processes.
@@ -47,7 +50,8 @@ class Opening:
 def open_run(config: TrainConfig, mixture: Mixture, out: Path, procs: Processes) -> Opening:
     """Every process must call; the main one checks files and writes the base.
 
-    Raises CheckpointError for a damaged resume checkpoint or base, and what building a model raises.
+    Raises CheckpointError for a damaged resume checkpoint or base, ConfigError without a rate, and what building a
+    model raises.
     """
     point = procs.from_main(lambda: next(reversed(resume_points(out / "checkpoints")), None))
     sharded = point is not None and is_sharded(point)
@@ -64,6 +68,7 @@ def open_run(config: TrainConfig, mixture: Mixture, out: Path, procs: Processes)
         return open_sharded(point) if sharded else (load_model(point), load_processor(point))
 
     model, processor = _in_main(from_files, procs) if procs.shards else from_files()
+    peak_lr = procs.from_main(lambda: _peak_lr(config, point))
     processor.image_processor.raw_pixels = takes_raw_pixels(procs.device)
     if adapted and point is None:
         told = {"name": f"{config.name}, before training"}
@@ -72,7 +77,26 @@ def open_run(config: TrainConfig, mixture: Mixture, out: Path, procs: Processes)
     adapters = Adapters(model, config, processor.token_id(SOFT_TOKEN), base) if adapted else None
     if point is None and not procs.shards:
         procs.check_same("tokenizer and fresh weights", lambda: fingerprint(model, processor))
-    return Opening(model, processor, adapters, base_hash, point)
+    return Opening(model, processor, adapters, base_hash, point, peak_lr)
+
+
+def _peak_lr(config: TrainConfig, point: Path | None) -> float:
+    """`optimizer.lr`, or the rate of the preset that the model has. Raises ConfigError when that is not known."""
+    if config.optimizer.lr is not None:
+        return config.optimizer.lr
+    if config.init_from is None:
+        return preset(config.model.preset).peak_lr
+    if point is not None:  # `init_from` may be gone; before the rate was recorded it was this preset's
+        return float(read_run(point).get("peak_lr", preset(config.model.preset).peak_lr))
+    trained: dict[str, Any] = read_run(config.init_from).get("config") or {}
+    name = (trained.get("model") or {}).get("preset")
+    own_shape = trained.get("init_from") is None and (trained.get("start") or {}).get("decoder") is None
+    if name not in PRESETS or not own_shape:
+        raise ConfigError(
+            f"optimizer.lr is not given, and {config.init_from} does not record a preset to take it from: no run of "
+            "nmm-train from scratch wrote it; set optimizer.lr"
+        )
+    return PRESETS[name].peak_lr
 
 
 def _in_main(

@@ -57,7 +57,8 @@ class Validation:
                     batch = batches[min(number, len(batches) - 1)]
                     tensors = {k: v.to(self.device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
                     with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
-                        loss = model(**tensors, num_items_in_batch=1).ce_loss.item()
+                        # the loss has logits of its own, where a label is; of the others one position is the least
+                        loss = model(**tensors, num_items_in_batch=1, logits_to_keep=1).ce_loss.item()
                     if number < len(batches):
                         total += loss
                         labels += count_labels(batch)

@@ -43,6 +43,16 @@ def test_overrides_win_over_the_file_and_numbers_may_be_written_short(tmp_path):
         ("schedule.warmup_steps=999", "do not fit into the run"),
         ("schedule.cooldown=2", "share of the steps"),
         ("steps", "not of the form key=value"),
+        ("optimizer.lr=0", r"optimizer\.lr must be over 0, not 0; leave it out"),
+        ("optimizer.lr=-1", r"optimizer\.lr must be over 0, not -1"),
+        ("optimizer.grad_clip=0", r"optimizer\.grad_clip .* not 0; to switch clipping off"),
+        ("optimizer.betas=[0.9, 1]", r"optimizer\.betas must be 0 or more and below 1, not \[0\.9, 1\.0\]"),
+        ("optimizer.eps=0", r"optimizer\.eps must be over 0"),
+        ("optimizer.weight_decay=-1", r"optimizer\.weight_decay must be 0"),
+        ("schedule.warmup_steps=-5", r"schedule\.warmup_steps must be 0 or more, not -5"),
+        ("max_bad_steps=0", "max_bad_steps must be at least 1, not 0"),
+        ("data.validation_documents=0", r"data\.validation_documents must be at least 1, not 0"),
+        ("tokenizer.documents=-1", r"tokenizer\.documents must be at least 1, not -1"),
     ],
 )
 def test_mistakes_are_named(tmp_path, override, message):

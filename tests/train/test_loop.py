@@ -14,6 +14,7 @@ from tiny_training import write_recipe
 
 from nmm_serve.checkpoint import load_model, load_processor, read_run
 from nmm_serve.errors import CheckpointError, ConfigError, TrainingError
+from nmm_serve.presets import PRESETS
 from nmm_serve.sizing import count_params
 from nmm_serve.train.config import ParallelConfig, load_config
 from nmm_serve.train.data.builtin import builtin_images
@@ -21,6 +22,7 @@ from nmm_serve.train.distributed import processes
 from nmm_serve.train.loop import Trainer, train
 from nmm_serve.train.optim import build_optimizer
 from nmm_serve.train.resume import load_resume, resume_points
+from nmm_serve.train.throughput import count_labels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -209,6 +211,35 @@ def test_fine_tuning_starts_from_a_checkpoint_and_learns_answers(recipe, whole, 
     decoded = trainer.processor.decode(batch["labels"][0][batch["labels"][0] >= 0], skip_special_tokens=False)
     assert "<|user|>" not in decoded
     assert decoded.count("<|eos|>") >= 1
+    trainer.log.close()
+
+
+def test_the_rate_of_a_model_to_go_on_from_is_its_own_preset_s(recipe, whole, tmp_path):
+    """Whatever preset stands in the configuration. A run that goes on keeps its rate, also when that model is gone."""
+    shutil.copytree(whole / "final", tmp_path / "start")
+    options = [f"init_from={tmp_path / 'start'}", "steps=3", "model.preset=small", "data.validation=[]"]
+    (tmp_path / "run").mkdir()
+    for step in range(2):
+        trainer = Trainer(load_config(recipe, options), tmp_path / "run", lambda event: None)
+        assert trainer.step == step
+        assert trainer.train_step()["lr"] == pytest.approx(PRESETS["nano"].peak_lr * (step + 1) / 2)
+        point = trainer.save(wait=True)
+        trainer.log.close()
+        shutil.rmtree(tmp_path / "start", ignore_errors=True)
+    with pytest.raises(ConfigError, match="does not record a preset to take it from.*set optimizer.lr"):
+        Trainer(load_config(recipe, [f"init_from={point}"]), tmp_path / "next", lambda event: None)
+
+
+def test_validation_asks_for_no_logits_but_those_of_labels(recipe, tmp_path, monkeypatch):
+    trainer = Trainer(load_config(recipe), tmp_path, lambda event: None)
+    asked = []
+    trainer.model.lm_head.register_forward_hook(lambda module, args, output: asked.append(output[..., 0].numel()))
+    losses = trainer.validation.losses(trainer.model)
+    batches = trainer.validation.batches["caption"]
+    assert asked == [count for batch in batches for count in (len(batch["input_ids"]), count_labels(batch))]
+    forward = trainer.model.forward
+    monkeypatch.setattr(trainer.model, "forward", lambda *args, logits_to_keep, **kwargs: forward(*args, **kwargs))
+    assert trainer.validation.losses(trainer.model) == losses
     trainer.log.close()
 
 
