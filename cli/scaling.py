@@ -325,7 +325,7 @@ def _write_json(path: Path, document: dict[str, Any]) -> None:
 
 
 def _write_plots(folder: Path, document: dict[str, Any]) -> None:
-    from nmm_serve.evals.scaling.plots import PLOTS
+    from nmm_serve.evals.scaling.plots import PLOTS, left_out
 
     folder.mkdir(parents=True, exist_ok=True)
     for stem, _, _, draw in PLOTS:
@@ -333,6 +333,8 @@ def _write_plots(folder: Path, document: dict[str, Any]) -> None:
         if drawn is not None:
             (folder / f"{stem}.png").write_bytes(drawn.png())
     note(f"plots: {folder}")
+    for stem, reason in left_out(document).items():
+        note(f"{stem} leaves out {reason}")
 
 
 def _print_fits(document: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from nmm_serve.errors import ConfigError, DataError, unknown_name
 from nmm_serve.evals.scaling.law import Cost, Law, log_optimal_size
 from nmm_serve.evals.scaling.optimise import Array
 from nmm_serve.evals.scaling.records import MEAN
-from nmm_serve.evals.scaling.resample import resampled_interval
+from nmm_serve.evals.scaling.resample import FEWEST_RESAMPLES, resampled_interval
 
 EXPERTS = 8
 _VOCABULARY = 50432
@@ -249,7 +249,7 @@ def _intervals(known: Coefficients, flops: float) -> dict[str, list[float]] | No
     if drawn is None:
         return None
     usable = (drawn["alpha"] > 0) & (drawn["beta"] > 0)
-    if usable.sum() < 20:
+    if usable.sum() < FEWEST_RESAMPLES:
         return None
     log_A, alpha, log_B, beta, log_E = (drawn[k][usable] for k in _RESAMPLED)
     log_n = log_optimal_size(log_A, alpha, log_B, beta, np.log(flops), known.cost)

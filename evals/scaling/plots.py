@@ -12,10 +12,12 @@ from nmm_serve.evals.scaling.frontier import frontier, size_curves
 from nmm_serve.evals.scaling.law import Cost, Law, log_optimal_size
 from nmm_serve.evals.scaling.optimise import Array
 from nmm_serve.evals.scaling.plan import load_coefficients
+from nmm_serve.evals.scaling.resample import FEWEST_RESAMPLES
 from nmm_serve.evals.scaling.space import Runs
 from nmm_serve.evals.scaling.study import headline
 
 _POINTS = 120
+_COMPARED = (("early", "late"), ("moe", "early"), ("late-moe", "late"))
 
 
 def runs_of(document: dict[str, Any], family: str) -> Runs:
@@ -78,15 +80,18 @@ def isoflop(document: dict[str, Any], budgets: int = 4) -> Drawing:
     return drawn
 
 
-def optima(document: dict[str, Any]) -> Drawing:
-    """Compute-optimal parameters and tokens against compute, with 95 % bands."""
+def optima(document: dict[str, Any]) -> Drawing | None:
+    """Compute-optimal parameters and tokens against compute, with 95 % bands. None where no family has an optimum."""
+    fits = [(index, fit) for index, fit in enumerate(headline(document)) if fit["optima"]]
+    if not fits:
+        return None
     with drawing("scaling-optima", 9.2, 3.6, columns=2) as (drawn, panels):
-        for index, fit in enumerate(headline(document)):
+        for index, fit in fits:
             rows = fit["optima"]
             flops = [row["flops"] for row in rows]
             for axes, key in zip(panels, ("n_params", "tokens"), strict=True):
                 axes.plot(flops, [row[key] for row in rows], color=colour(index), label=fit["family"])
-                low, high = zip(*(row["intervals"][key] for row in rows), strict=True) if rows else ((), ())
+                low, high = zip(*(row["intervals"][key] for row in rows), strict=True)
                 axes.fill_between(flops, low, high, color=colour(index), alpha=0.15, lw=0)
         for axes, title in zip(panels, ("optimal active parameters", "optimal tokens"), strict=True):
             _logarithmic(axes.xaxis)
@@ -95,44 +100,75 @@ def optima(document: dict[str, Any]) -> Drawing:
             axes.set_xlabel("training FLOPs")
         # a size that is not identified has a band over everything; the lines still want to be seen
         for axes, key in zip(panels, ("n_params", "tokens"), strict=True):
-            values = [row[key] for fit in headline(document) for row in fit["optima"]]
-            if values:
-                axes.set_ylim(min(values) / 30, max(values) * 30)
+            values = [row[key] for _, fit in fits for row in fit["optima"]]
+            axes.set_ylim(min(values) / 30, max(values) * 30)
         panels[0].legend(fontsize=8)
     return drawn
 
 
 def differences(document: dict[str, Any]) -> Drawing | None:
-    """Early minus late and MoE minus dense at the optimum, with 95 % bands. None without such pairs."""
-    fits = {fit["family"]: fit for fit in headline(document) if fit["optima"]}
-    pairs = [pair for pair in (("early", "late"), ("moe", "early"), ("late-moe", "late")) if set(pair) <= set(fits)]
+    """Early minus late and MoE minus dense at the optimum, with 95 % bands. None without such pairs or budgets."""
+    pairs, _ = _pairs(document)
     if not pairs:
         return None
     with drawing("scaling-differences", 4.6 * len(pairs), 3.4, columns=len(pairs)) as (drawn, panels):
-        for axes, (one, other) in zip(panels, pairs, strict=True):
-            ranges = [fits[name]["range"]["flops"] for name in (one, other)]
-            flops = np.geomspace(max(r[0] for r in ranges), min(r[1] for r in ranges), _POINTS)
-            a, b = (law_of(fits[name]) for name in (one, other))
+        for axes, (one, other, low, high) in zip(panels, pairs, strict=True):
+            flops = np.geomspace(low, high, _POINTS)
+            a, b = law_of(one), law_of(other)
             axes.plot(flops, a[0].best_loss(flops, a[1]) - b[0].best_loss(flops, b[1]), color="#0072B2")
-            drawn_S = _resampled_losses(fits[one], flops) - _resampled_losses(fits[other], flops)
-            low, high = np.quantile(drawn_S, [0.025, 0.975], axis=0)
-            axes.fill_between(flops, low, high, color="#0072B2", alpha=0.15, lw=0)
+            drawn_SX = _resampled_losses(one, flops) - _resampled_losses(other, flops)
+            drawn_SX = drawn_SX[np.isfinite(drawn_SX).all(1)]
+            if len(drawn_SX) < FEWEST_RESAMPLES:
+                text = f"no band: {len(drawn_SX)} resamples with an optimum"
+                axes.annotate(text, (0.03, 0.03), xycoords="axes fraction", fontsize=8)
+            else:
+                lower, upper = np.quantile(drawn_SX, [0.025, 0.975], axis=0)
+                axes.fill_between(flops, lower, upper, color="#0072B2", alpha=0.15, lw=0)
             axes.axhline(0, color="#555", lw=0.8)
             _logarithmic(axes.xaxis)
-            axes.set_title(f"{one} minus {other}", fontsize=10)
+            axes.set_title(f"{one['family']} minus {other['family']}", fontsize=10)
             axes.set_xlabel("training FLOPs")
         panels[0].set_ylabel("difference in optimal loss, nats")
     return drawn
 
 
+def _pairs(document: dict[str, Any]) -> tuple[list[tuple[dict[str, Any], dict[str, Any], float, float]], list[str]]:
+    """Pairs of fits to compare and the FLOPs from and to which both have runs, and why other pairs are left out."""
+    fits = {fit["family"]: fit for fit in headline(document) if fit["optima"]}
+    found, apart = [], []
+    for one, other in _COMPARED:
+        if one in fits and other in fits:
+            ranges = [fits[name]["range"]["flops"] for name in (one, other)]
+            low, high = max(r[0] for r in ranges), min(r[1] for r in ranges)
+            if low < high:
+                found.append((fits[one], fits[other], low, high))
+            else:
+                spans = " and ".join(f"{r[0]:.2g} to {r[1]:.2g}" for r in ranges)
+                apart.append(f"{one} minus {other}, whose runs have no budgets in common ({spans} FLOPs)")
+    return found, apart
+
+
+def left_out(document: dict[str, Any]) -> dict[str, str]:
+    """What the plots leave out and why, by the plot's file stem."""
+    without = [fit["family"] for fit in headline(document) if not fit["optima"]]
+    _, apart = _pairs(document)
+    reasons = {
+        "optima": [f"{', '.join(without)}, whose loss does not fall with both size and tokens"] if without else []
+    }
+    reasons["differences"] = apart
+    return {stem: "; ".join(found) for stem, found in reasons.items() if found}
+
+
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")
 def _resampled_losses(fit: dict[str, Any], flops: Array) -> Array:
-    """Optimal loss of each resample at each budget; resamples without an optimum are left out."""
+    """Optimal loss of each resample at each budget; not finite where a resample has no optimum."""
     _, cost = law_of(fit)
     columns = {name: np.array(values)[:, None] for name, values in fit["resampled"].items()}
+    falls_S1 = (columns["alpha"] > 0) & (columns["beta"] > 0)
+    columns = {name: np.where(falls_S1, column, np.nan) for name, column in columns.items()}
     log_n = log_optimal_size(
-        columns["log_A"], np.maximum(columns["alpha"], 1e-3), columns["log_B"], np.maximum(columns["beta"], 1e-3),
-        np.log(flops)[None], cost,
-    )  # fmt: skip
+        columns["log_A"], columns["alpha"], columns["log_B"], columns["beta"], np.log(flops)[None], cost
+    )
     log_d = np.log(flops / (6 * cost.factor))[None] - cost.exponent * log_n
     terms = (columns["log_A"] - columns["alpha"] * log_n, columns["log_B"] - columns["beta"] * log_d)
     loss_SX: Array = np.exp(columns["log_E"]) + sum(np.exp(term) for term in terms)
@@ -158,8 +194,13 @@ def report_plots(path: Path) -> list[dict[str, str]]:
         raise DataError(
             f"{path} does not hold the runs behind its fits; write it with `nmm-train fit RECORDS -o {path}`"
         )
-    drawn = [(title, note, draw(document)) for _, title, note, draw in PLOTS]
-    return [{"title": f"Scaling: {title}", "note": note, "svg": one.svg} for title, note, one in drawn if one]
+    missing, found = left_out(document), []
+    for stem, title, note, draw in PLOTS:
+        drawn = draw(document)
+        if drawn or stem in missing:
+            told = f"{note} Left out: {missing[stem]}." if stem in missing else note
+            found.append({"title": f"Scaling: {title}", "note": told, "svg": drawn.svg if drawn else ""})
+    return found
 
 
 def _logarithmic(axis: Any) -> None:

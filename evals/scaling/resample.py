@@ -8,6 +8,8 @@ from nmm_serve.evals.scaling.optimise import DELTA, Array, Design, Pull, coarse,
 from nmm_serve.evals.scaling.space import PARAMETERS, Runs
 
 LEVEL = 0.95
+FEWEST_RESAMPLES = 20
+"""Under this many resamples with an optimum, what follows from the optimum has no interval."""
 
 
 def resampled_interval(value_S: Array) -> tuple[float, float]:

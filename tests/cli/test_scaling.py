@@ -48,6 +48,16 @@ def test_mixtures_are_fitted_apart_when_asked(tmp_path):
     assert (wrong.exit_code, "Did you mean 'half'" in wrong.stderr) == (1, True)
 
 
+def test_fit_draws_the_plots_there_are_and_names_what_it_leaves_out(tmp_path):
+    runs = grid(SIZES[:3], BUDGETS[:3], EARLY)
+    rising = type(runs)(runs.n_R, runs.d_R, 1 + 0.1 * np.log(runs.n_R), runs.flops_R)
+    path = str(write_records(tmp_path / "r.jsonl", lines(rising)))
+    run = CliRunner().invoke(main, ["fit", path, "--bootstraps", "20", "--plots", str(tmp_path / "plots")])
+    assert run.exit_code == 0, run.output
+    assert sorted(file.name for file in (tmp_path / "plots").iterdir()) == ["isoflop.png", "loss.png"]
+    assert "optima leaves out early, whose loss does not fall with both size and tokens" in run.stderr
+
+
 @pytest.mark.parametrize("text", ['{"family": "early"}\n', ""])
 def test_fit_of_a_bad_file_is_one_line_and_exit_1(tmp_path, text):
     (tmp_path / "r.jsonl").write_text(text)

@@ -5,8 +5,9 @@ import pytest
 from synthetic_runs import EARLY, grid, lines
 
 from nmm_serve.errors import DataError
+from nmm_serve.evals.scaling import plots
 from nmm_serve.evals.scaling.law import Law
-from nmm_serve.evals.scaling.plots import PLOTS, differences, report_plots
+from nmm_serve.evals.scaling.plots import PLOTS, differences, left_out, optima, report_plots
 from nmm_serve.evals.scaling.records import parse_records
 from nmm_serve.evals.scaling.study import fit_records, with_runs
 
@@ -38,6 +39,40 @@ def test_panels_name_the_pairs(document):
     assert "moe minus early" in differences(document).svg
     only = {**document, "fits": [fit for fit in document["fits"] if fit["family"] == "early"]}
     assert differences(only) is None
+
+
+def changed(document, family, **fields):
+    fits = [fit | fields if fit["family"] == family else fit for fit in document["fits"]]
+    return {**document, "fits": fits}
+
+
+def test_families_without_an_optimum_are_left_out_and_named(document, tmp_path, monkeypatch):
+    assert left_out(document) == {}
+    one = changed(document, "late", optima=[])
+    assert ">late<" not in optima(one).svg
+    assert left_out(one) == {"optima": "late, whose loss does not fall with both size and tokens"}
+    none = changed(changed(one, "early", optima=[]), "moe", optima=[])
+    assert (optima(none), differences(none)) == (None, None)
+    (tmp_path / "fits.json").write_text(json.dumps(none))
+    monkeypatch.setattr(plots, "PLOTS", PLOTS[2:])
+    (told,) = report_plots(tmp_path / "fits.json")
+    assert (told["svg"], "Left out: early, late, moe, whose" in told["note"]) == ("", True)
+
+
+def test_families_without_common_budgets_are_not_compared(document):
+    fits = {fit["family"]: fit for fit in document["fits"]}
+    far = {"flops": [1e30, 1e32]}
+    apart = changed(document, "late", range=fits["late"]["range"] | far)
+    svg = differences(apart).svg
+    assert ("early minus late" in svg, "moe minus early" in svg) == (False, True)
+    assert left_out(apart)["differences"].startswith("early minus late, whose runs have no budgets in common (")
+    assert differences(changed(apart, "moe", range=fits["moe"]["range"] | {"flops": [1e5, 1e6]})) is None
+
+
+def test_resamples_without_an_optimum_are_in_no_band(document):
+    (early,) = [fit for fit in document["fits"] if fit["family"] == "early"]
+    rising = early["resampled"] | {"alpha": [-0.1, *early["resampled"]["alpha"][1:]]}
+    assert "no band: 19 resamples with an optimum" in differences(changed(document, "early", resampled=rising)).svg
 
 
 def test_the_report_takes_a_fits_file_with_its_runs(document, tmp_path):
