@@ -1,7 +1,7 @@
 """Every fit of a records file as one JSON document: families by targets, optima, frontier, errors and warnings."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -188,7 +188,7 @@ def _beyond_numbers(fitted: LawFit) -> str | None:
 def _not_finite(value: Any, name: str = "") -> str | None:
     """Where in a document the first number that is not finite stands."""
     if isinstance(value, Mapping):
-        inner = value.items()
+        inner: Iterable[tuple[Any, Any]] = value.items()
     elif isinstance(value, list):
         inner = ((f"[{i}]", item) for i, item in enumerate(value))
     else:

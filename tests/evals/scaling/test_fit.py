@@ -105,6 +105,10 @@ def test_errors_without_spread_have_no_r2():
     assert errors(np.ones(3), np.ones(3))["r2"] is None
 
 
+def test_errors_of_no_prediction_are_null():
+    assert errors(np.arange(1.0, 4), np.array([1, 2, np.nan])) == {"mae_pct": None, "r2": None, "n": 3}
+
+
 def test_outliers_do_not_move_the_fit():
     runs = grid(*WIDE, EARLY, 0.002)
     runs.loss_R[[3, 30]] *= 1.5
