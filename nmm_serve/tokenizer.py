@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from nmm_serve.chat import BOS, CHAT_TEMPLATE, EOS, IMAGE, IMAGE_END, IMAGE_START, PAD, SPECIAL_TOKENS
-from nmm_serve.errors import ConfigError
+from nmm_serve.errors import ConfigError, first_line
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -34,10 +34,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    """A tokenizer directory of anyone's; our special tokens are added where they are missing."""
+    """A tokenizer directory of anyone's; our special tokens are added where they are missing.
+
+    Raises ConfigError for a directory without a tokenizer, and for one that has no fast form.
+    """
     if not Path(path).is_dir():
         raise ConfigError(f"tokenizer directory {path} does not exist")
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # whatever a damaged or missing file makes the library raise
+        raise ConfigError(
+            f"tokenizer {path} cannot be read: {first_line(error)}; expected a directory with tokenizer.json and "
+            "tokenizer_config.json"
+        ) from error
     if not tokenizer.is_fast:
         raise ConfigError(f"tokenizer {path} has no tokenizer.json; convert it to a fast tokenizer first")
     return tokenizer if tokenizer.chat_template == CHAT_TEMPLATE else add_special_tokens(tokenizer)

@@ -94,3 +94,9 @@ def test_tokenizer_gives_every_special_an_id(tmp_path):
     assert token_ids(load_tokenizer(tmp_path)) == token_ids(tokenizer)
     with pytest.raises(ConfigError, match="does not exist"):
         load_tokenizer(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(
+        ConfigError, match=r"empty cannot be read: .*expected a directory with tokenizer\.json"
+    ) as caught:
+        load_tokenizer(tmp_path / "empty")
+    assert "\n" not in str(caught.value)

@@ -9,6 +9,7 @@ from tiny_data import picture_number, png, tiny_processor, write_coco, write_int
 
 from nmm_serve.errors import DataError
 from nmm_serve.train.data.encoding import encode_document
+from nmm_serve.train.data.files import ReadAt
 from nmm_serve.train.data.sources import Visit, open_source
 
 
@@ -202,6 +203,30 @@ def test_webdataset(tmp_path):
             source.document(by_name[name], visit())
 
 
+def test_a_shard_in_which_a_key_comes_twice_is_refused(tmp_path):
+    first = {"a/0.jpg": png(1), "a/0.txt": b"one", "a/0.mask.png": png(2), "a/1.txt": b"two"}
+    write_tar(tmp_path / "a.tar", first | {"a/1.png": png(3)})
+    assert len(open_source({"kind": "webdataset", "path": str(tmp_path / "a.tar")})) == 2
+    for name, message in (
+        ("a/0.png", "image of 'a/0', a/0.jpg and a/0.png"),
+        ("a/1.TXT", "txt of 'a/1', a/1.txt and a/1.TXT"),
+    ):
+        write_tar(tmp_path / "b.tar", first | {name: b"again"})
+        with pytest.raises(DataError, match=rf"b\.tar has two files for the {message}; give each sample a key"):
+            open_source({"kind": "webdataset", "path": str(tmp_path / "b.tar")})
+
+
+def test_images_whose_name_has_a_dot_are_counted_as_bad(tmp_path):
+    members = {f"photo.{n}.{ending}": png(n) for n in range(3) for ending in ("png", "txt")}
+    write_tar(tmp_path / "a.tar", members | {"0.png": png(0), "0.txt": b"good", "._0.png": b"", "0.cls": b"3"})
+    source = open_source({"kind": "webdataset", "path": str(tmp_path / "a.tar"), "name": "w"})
+    assert sorted(source.item_name(i) for i in range(len(source))) == [
+        "w:a.tar/0", "w:a.tar/photo.0", "w:a.tar/photo.1", "w:a.tar/photo.2",
+    ]  # fmt: skip
+    with pytest.raises(DataError, match=r"w:a\.tar/photo\.\d is no sample: .* first dot, so this is '\d' of 'photo'"):
+        source.document(3, visit())
+
+
 def entry(tmp_path: Path, kind: str) -> dict:
     """A source of each kind that works."""
     if kind in ("coco_captions", "vqa_v2"):
@@ -303,6 +328,15 @@ def test_a_question_without_answers_cannot_be_sampled(tmp_path):
     with pytest.raises(DataError, match=r"'question 0 0 \?' has no answers to sample from"):
         source.document(0, visit())
     assert words(open_source({"kind": "vqa_v2", "data": str(folder)}).document(0, visit()))
+
+
+def test_a_file_is_closed_when_the_interpreter_ends(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("hello")
+    read = ReadAt(tmp_path / "a.txt")
+    assert read(1, 3) == b"ell"
+    monkeypatch.setattr("nmm_serve.train.data.files.os", None)  # as modules are then
+    read.__del__()
+    assert read._descriptor is None
 
 
 def test_text_that_is_not_utf8_or_vanishes_is_named(tmp_path):

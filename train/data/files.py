@@ -4,7 +4,7 @@ import glob
 import os
 from array import array
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nmm_serve.errors import DataError
@@ -57,9 +57,11 @@ class ReadAt:
     def __getstate__(self) -> dict:
         return {"path": self.path, "_descriptor": None}
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        """`os` may be gone before this, when the interpreter ends."""
         if self._descriptor is not None:
-            os.close(self._descriptor)
+            close(self._descriptor)
+            self._descriptor = None
 
 
 class Lines:

@@ -21,7 +21,9 @@ class TarShards(Source):
     """Captioned images: `KEY.jpg` (or png, webp, ...) with its caption in `KEY.txt`, or in `KEY.json` under `field`.
 
     `path` is a shard, a folder of shards, a pattern, or a list of these. Only headers are read at the start; a sample
-    costs 32 bytes and its key. Samples without an image or a caption count as bad documents.
+    costs 32 bytes and its key. Samples without an image or a caption count as bad documents, and so do images of keys
+    that have none: KEY ends at the first dot, so that `a.b.jpg` is the `b.jpg` of `a`. Raises DataError for two images
+    or two captions of one key in a shard.
     """
 
     kind = "caption"
@@ -50,18 +52,31 @@ class _Shard:
     def __init__(self, path: Path, field: str) -> None:
         self._path, self._field, self._read = path, field, ReadAt(path)
         spans: dict[str, dict[str, tuple[int, int]]] = {}
+        unused: list[tuple[str, str]] = []
         try:
             with tarfile.open(path, "r:") as tar:
                 for member in tar:
-                    if member.isfile():
-                        key, ending = _split(member.name)
-                        slot = "image" if ending in IMAGES else ending
-                        if slot in ("image", "txt", "json"):
-                            spans.setdefault(key, {}).setdefault(slot, (member.offset_data, member.size))
+                    if not member.isfile():
+                        continue
+                    key, slot = _slot(member.name)
+                    if slot in ("image", "txt", "json"):
+                        sample = spans.setdefault(key, {})
+                        if slot in sample:
+                            first = next(m.name for m in tar.getmembers() if _slot(m.name) == (key, slot))
+                            raise DataError(
+                                f"{path} has two files for the {slot} of {key!r}, {first} and {member.name}; give each "
+                                "sample a key of its own in its shard"
+                            )
+                        sample[slot] = member.offset_data, member.size
+                    elif slot.rpartition(".")[2] in IMAGES:
+                        unused.append((key, member.name.rpartition(".")[0]))
         except tarfile.TarError:
             raise DataError(f"{path} is not a plain tar file (compressed shards must be unpacked: gunzip)") from None
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}") from None
+        for key, name in unused:
+            if key not in spans:  # else it is a further image of a sample, or that sample is bad already
+                spans[name] = {}
         self._keys = list(spans)
         self._is_json = bytearray()
         self._spans = array("q")  # start and size of the image, then of the caption
@@ -79,6 +94,11 @@ class _Shard:
     def sample(self, index: int, name: str) -> tuple[bytes, str]:
         """The image file's bytes and the caption."""
         image, image_size, text, text_size = self._spans[4 * index : 4 * index + 4]
+        if "." in (file := self._keys[index].rpartition("/")[2]):
+            key, _, rest = file.partition(".")
+            raise DataError(
+                f"{name} is no sample: a key ends at the first dot, so this is {rest!r} of {key!r}; rename it"
+            )
         if image == ABSENT or text == ABSENT:
             wanted = f"an image ({', '.join(IMAGES)})" if image == ABSENT else "a caption (txt or json)"
             raise DataError(f"{name} has no member with {wanted}")
@@ -96,8 +116,10 @@ class _Shard:
         return caption
 
 
-def _split(member: str) -> tuple[str, str]:
-    """WebDataset's rule: the key ends at the first dot of the file name, the folder belongs to the key."""
+def _slot(member: str) -> tuple[str, str]:
+    """Key, and what of the sample it is: "image", or the ending, which is empty for a hidden file. WebDataset's rule:
+    the key ends at the first dot of the file name, the folder belongs to it."""
     folder, slash, file = member.rpartition("/")
     stem, _, ending = file.partition(".")
-    return folder + slash + stem, ending.lower()
+    ending = ending.lower() if stem else ""
+    return folder + slash + stem, "image" if ending in IMAGES else ending
