@@ -129,6 +129,20 @@ def test_augmentation_keeps_the_grid_and_follows_the_seed():
     assert crops[0].tobytes() == crops[1].tobytes()
 
 
+@pytest.mark.parametrize("size", [(20, 53), (31, 450)])
+def test_augmented_documents_have_the_grids_of_whole_images(size):
+    """Also where the crop, an image for itself, would be given another grid."""
+    processor = tiny_processor(image_size=64)
+    document = caption_document(picture(1, size), "a circle", objective="pretrain", name="c")
+    options = {"objective": "pretrain", "context_length": 256}
+    (whole,) = encode_document(document, processor, **options)
+    (crop,) = encode_document(document, processor, **options, augment="paper", rng=random.Random(1))
+    rows, cols = whole.image_grid[0]
+    assert processor.image_processor.grid(cols * 8, rows * 8) != (rows, cols)
+    assert crop.image_grid.tolist() == [[rows, cols]]
+    assert crop.input_ids.tolist() == whole.input_ids.tolist()
+
+
 def test_augmentation_crops_and_flips():
     images = tiny_processor().image_processor
     wide = picture(0, (64, 64))

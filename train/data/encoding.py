@@ -1,7 +1,7 @@
 """A document to pieces of tokens with labels, none longer than the context."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -53,10 +53,13 @@ def encode_document(
     Raises ImageError for an image that cannot be read, DataError for a document with images that does not fit.
     """
     images = [load_image(image) for image in document.images]
+    prompt, ends = processor.prompt_of_parts([part for _, part in document.parts], images)
     if augment is not None:
         assert rng is not None, "augmentation needs a seeded generator"
-        images = [random_resized_crop(image, processor.image_processor, rng) for image in images]
-    encoded, ends = processor.encode_parts([part for _, part in document.parts], images)
+        # in the place of the whole images, whose grids they have: not every grid is that of an image of its own size
+        crops = [np.array(random_resized_crop(image, processor.image_processor, rng)) for image in images]
+        prompt = replace(prompt, pixels=tuple(crops))
+    encoded = processor.to_tensors(prompt)
     ids = np.array(encoded.input_ids, dtype=np.int32)
     has_loss = ids != processor.image_token_id
     num_image_tokens = len(ids) - int(has_loss.sum())
