@@ -63,10 +63,14 @@ def interpolate(
     import json
 
     from nmm_serve.errors import UsageError
+    from nmm_serve.evals.records import check_place
     from nmm_serve.train.config import load_config
     from nmm_serve.train.merging import interpolate as measure
     from nmm_serve.train.merging import training_config
 
+    for place in (output, plot):
+        if place is not None:
+            check_place(place)
     if overrides and data is None:
         raise UsageError("--set overrides keys of --data; name a recipe or a YAML file there")
     config = training_config(a) if data is None else load_config(data, overrides)
@@ -78,13 +82,11 @@ def interpolate(
 
         record = measure(a, b, config, points, show)
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(record, indent=2) + "\n")
         note(f"record: {output}")
     if plot is not None:
         from nmm_serve.evals.loss_path import loss_path
 
-        plot.parent.mkdir(parents=True, exist_ok=True)
         plot.write_bytes(loss_path(record).png())
         note(f"plot: {plot}")
     if as_json:

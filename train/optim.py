@@ -6,6 +6,9 @@ from torch import nn
 from nmm_serve.train.config import OptimizerConfig, ScheduleConfig
 from nmm_serve.train.parts import lr_scale, part_of
 
+POSITIONS = ("row_embed.weight", "col_embed.weight", "position_embedding.weight")
+"""Position tables: our own two, and that of CLIP's and SigLIP's encoders."""
+
 
 def lr_factor(step: int, steps: int, schedule: ScheduleConfig) -> float:
     """Rate of `step` (from 0) relative to the peak."""
@@ -28,7 +31,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, peak_lr: float) -
         if not parameter.requires_grad:
             continue
         scale = lr_scale(part_of(name, hasattr(model.model, "vision")), config)
-        decayed = parameter.ndim >= 2 and not name.endswith(("row_embed.weight", "col_embed.weight"))
+        decayed = parameter.ndim >= 2 and not name.endswith(POSITIONS)
         groups.setdefault((scale, decayed), []).append(parameter)
     return torch.optim.AdamW(
         [

@@ -43,6 +43,19 @@ def test_interpolate_writes_record_and_plot(ckpt, tmp_path):
     assert "barrier" in table.stdout
 
 
+def test_interpolate_says_before_it_measures_that_it_cannot_write(ckpt, tmp_path):
+    (tmp_path / "file").write_text("")
+    for option, place in (
+        ("-o", tmp_path),
+        ("-o", tmp_path / "file/path.json"),
+        ("--plot", tmp_path / "file/path.png"),
+    ):
+        result = run("interpolate", ckpt, "nowhere", "--data", "demo", option, place)
+        assert result.exit_code == 1
+        assert str(tmp_path) in result.stderr
+        assert "nowhere" not in result.stderr
+
+
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [

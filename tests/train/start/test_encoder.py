@@ -12,8 +12,9 @@ from nmm_serve.errors import ConfigError, EngineError, PromptError
 from nmm_serve.onnx.export import export
 from nmm_serve.sizing import count_params
 from nmm_serve.train.build import build
-from nmm_serve.train.config import config_from
+from nmm_serve.train.config import OptimizerConfig, config_from
 from nmm_serve.train.data.mixture import parse_mixture
+from nmm_serve.train.optim import build_optimizer
 from nmm_serve.train.start.encoder import read_encoder
 
 SOURCES = {"sources": [{"kind": "builtin", "which": "text"}]}
@@ -49,6 +50,18 @@ def original(path, kind, image):
         output = tower(**images(image, return_tensors="pt"), interpolate_pos_encoding=True)
     states = output.last_hidden_state[0]
     return states[1:] if kind == "clip" else states, output.pooler_output[0]
+
+
+def test_no_position_table_is_decayed(encoder):
+    model, _ = started(encoder)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    kept = {
+        names[id(parameter)]
+        for group in build_optimizer(model, OptimizerConfig(), 1e-3).param_groups
+        for parameter in group["params"]
+        if not group["weight_decay"] and parameter.ndim == 2
+    }
+    assert kept == {"model.vision.tower.embeddings.position_embedding.weight"}
 
 
 @pytest.mark.parametrize("raw", [False, True])
