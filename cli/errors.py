@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import io
 import sys
 import traceback
 from collections.abc import Sequence
@@ -93,6 +94,8 @@ class Group(click.Group):
         if not standalone_mode:
             return super().main(args, prog_name, standalone_mode=False, **extra)
         self.debug = False
+        if isinstance(sys.stdout, io.TextIOWrapper):  # an answer may hold what the terminal cannot show
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             result = super().main(args, prog_name, standalone_mode=False, **extra)
         except click.ClickException as error:

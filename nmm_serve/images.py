@@ -6,24 +6,30 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from nmm_serve.errors import ImageError
 
 MAX_PIXELS = 64 * 2**20
-"""Refuse larger images from their header alone: 64 Mi pixels decode to 192 MiB."""
+"""Refuse larger images from their header alone: 64 Mi pixels take 256 MiB, and twice that for a moment."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 BACKGROUND = (255, 255, 255)
 """What shows through transparent pixels."""
 MAX_ASPECT_RATIO = 16
 """A longer image is refused: the learned position tables end there."""
+TURNS = dict(enumerate(
+    (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+     Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90),
+    start=2,
+))  # fmt: skip
+"""What makes an image upright, by its EXIF orientation."""
 
 
 def load_image(source: str | Path | bytes | Image.Image, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Open a file, bytes or PIL image and return it as upright RGB.
 
     EXIF orientation is applied, transparency is composited on white, palettes, grey, CMYK and 16-bit grey are
-    converted, and of an animation the first frame counts.
+    converted, and of an animation the first frame counts. No metadata are left: loading it again changes nothing.
 
     Raises ImageError, in words of our own: a decoder's message can hold memory addresses.
     """
@@ -52,11 +58,26 @@ def load_image(source: str | Path | bytes | Image.Image, *, max_pixels: int = MA
         raise ImageError(f"{name} has {width}x{height} pixels, over the limit of {max_pixels}; scale it down first")
     try:
         image.load()
-        return to_rgb(ImageOps.exif_transpose(image))
+        if (image.format, image.mode) == ("PPM", "I"):  # Pillow's mode for 16 bits of that format
+            image = image.convert("I;16")
+        turn = TURNS.get(orientation(image))
+        rgb = to_rgb(image if turn is None else image.transpose(turn))
+        if rgb is image:  # the caller's, which stays as it is, or a file with its metadata
+            rgb = rgb.copy()
+        rgb.info = {}
+        return rgb
     except ImageError:
         raise
     except Exception:  # decoders raise anything on damaged data
         raise ImageError(f"{name} is damaged or truncated: its pixels cannot be decoded") from None
+
+
+def orientation(image: Image.Image) -> int:
+    """By EXIF or XMP. 1, upright, where they cannot be read: damaged metadata say nothing of the pixels."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # their parser raises anything
+        return 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -91,7 +112,7 @@ def image_grid(
 
 
 def fit_to_patches(
-    image: Image.Image | Path, patch_size: int, image_size: int, native_resolution: bool = False
+    image: Image.Image | Path | bytes, patch_size: int, image_size: int, native_resolution: bool = False
 ) -> np.ndarray:
     """Scale an image to its `image_grid` of whole patches: uint8 [rows * p, cols * p, 3]."""
     image = load_image(image)

@@ -12,7 +12,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from nmm_serve.chat import IMAGE, Part
 from nmm_serve.errors import PromptError
-from nmm_serve.prompt import Prompt, PromptEncoder
+from nmm_serve.prompt import Prompt, PromptEncoder, checked
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class NMMProcessor(PromptEncoder, ProcessorMixin):
         return self.image_processor.native_resolution
 
     def encode_text(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return self.tokenizer.encode(checked(text), add_special_tokens=False, split_special_tokens=True)
 
     def encode_marked(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=True)
+        return self.tokenizer.encode(checked(text), add_special_tokens=True)
 
     def token_id(self, token: str) -> int:
         return self.tokenizer.convert_tokens_to_ids(token)

@@ -14,6 +14,9 @@ from nmm_serve.chat import IMAGE, IMAGE_END, IMAGE_START, ImageSlot, Part, Speci
 from nmm_serve.errors import CheckpointError, PromptError
 from nmm_serve.images import fit_to_patches
 
+ImageSource = Image.Image | Path | bytes
+"""An image, its file, or the file's bytes, which are opened when its turn comes."""
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -23,6 +26,18 @@ class Prompt:
     pixels: tuple[np.ndarray, ...] = ()
     image_s: float = field(default=0.0, compare=False)
     """Seconds that decoding and scaling the images took."""
+
+
+def checked(text: str) -> str:
+    """Raises PromptError for a text that no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):04X} at position {error.start}"
+        raise PromptError(
+            f"the text holds half of a surrogate pair ({half}), which is no character; take it out"
+        ) from None
+    return text
 
 
 class _Images:
@@ -65,9 +80,7 @@ class PromptEncoder:
         num_tokens = 1 if self.pool_image else num_patches
         return [self.token_id(IMAGE_START), *[self.token_id(IMAGE)] * num_tokens, self.token_id(IMAGE_END)]
 
-    def prompt_of_parts(
-        self, parts: Iterable[Part], images: Sequence[Image.Image | Path] = ()
-    ) -> tuple[Prompt, list[int]]:
+    def prompt_of_parts(self, parts: Iterable[Part], images: Sequence[ImageSource] = ()) -> tuple[Prompt, list[int]]:
         """Encode parts in order, taking images as their slots come up.
 
         Returns the prompt and, for each part, the position where it ends.
@@ -93,11 +106,11 @@ class PromptEncoder:
             )
         return done.prompt(ids), ends
 
-    def prompt_of_chat(self, messages: Iterable[dict[str, Any]], images: Sequence[Image.Image | Path] = ()) -> Prompt:
+    def prompt_of_chat(self, messages: Iterable[dict[str, Any]], images: Sequence[ImageSource] = ()) -> Prompt:
         """A chat up to the assistant's turn."""
         return self.prompt_of_parts([part for _, part in message_parts(messages, True)], images)[0]
 
-    def prompt_of_text(self, text: str | Sequence[int], images: Sequence[Image.Image | Path] = ()) -> Prompt:
+    def prompt_of_text(self, text: str | Sequence[int], images: Sequence[ImageSource] = ()) -> Prompt:
         """A raw prompt, as `prompt_ids` reads it, with its images."""
         return self.prompt_of_ids(self.prompt_ids(text), images)
 
@@ -122,7 +135,7 @@ class PromptEncoder:
                 ids += self.encode_text(part)
         return ids
 
-    def prompt_of_ids(self, marked: Sequence[int], images: Sequence[Image.Image | Path] = ()) -> Prompt:
+    def prompt_of_ids(self, marked: Sequence[int], images: Sequence[ImageSource] = ()) -> Prompt:
         """Token ids with one `<|image|>` for each image."""
         placeholder = self.token_id(IMAGE)
         marks = sum(token == placeholder for token in marked)
@@ -136,7 +149,7 @@ class PromptEncoder:
             ids += [token] if token != placeholder else self._add_image(images[len(done.pixels)], done)
         return done.prompt(ids)
 
-    def _add_image(self, image: Image.Image | Path, done: _Images) -> list[int]:
+    def _add_image(self, image: ImageSource, done: _Images) -> list[int]:
         start = time.perf_counter()
         pixels_HWC = fit_to_patches(image, self.patch_size, self.image_size, self.native_resolution)
         done.seconds += time.perf_counter() - start
@@ -164,10 +177,10 @@ class TokenizerFile(PromptEncoder):
         self._plain.encode_special_tokens = True
 
     def encode_text(self, text: str) -> list[int]:
-        return self._plain.encode(text, add_special_tokens=False).ids
+        return self._plain.encode(checked(text), add_special_tokens=False).ids
 
     def encode_marked(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text).ids
+        return self.tokenizer.encode(checked(text)).ids
 
     def token_id(self, token: str) -> int:
         found = self.tokenizer.token_to_id(token)

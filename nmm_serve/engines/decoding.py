@@ -50,6 +50,8 @@ class Decoding:
         self.generator = np.random.default_rng(None if params.seed is None else params.seed % 2**64)
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
+        self.best: list[tuple[int, float]] = []
+        """The likeliest token at each step, and its log-probability."""
         self.token_s: list[float] = []
         self.finish_reason: str | None = None
         self.text: str | None = None
@@ -64,7 +66,9 @@ class Decoding:
         self.tokens.append(token)
         self.token_s.append(time.perf_counter() - begin)
         if self.params.logprobs:
-            self.logprobs.append(float(log_softmax(logits_V)[token]))
+            logprobs_V = log_softmax(logits_V)
+            self.logprobs.append(float(logprobs_V[token]))
+            self.best.append((int(logprobs_V.argmax()), float(logprobs_V.max())))
         if (token in self.eos and not self.params.ignore_eos) or self.hit_stop_string():
             self.finish_reason = "stop"
         elif len(self.tokens) >= self.params.max_tokens:

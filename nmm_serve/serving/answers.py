@@ -5,6 +5,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from itertools import accumulate
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -30,6 +31,8 @@ class TextStream:
         self.tokenizer, self.stops = tokenizer, stops
         self.stream = DecodeStream(skip_special_tokens=True)
         self.text, self.shown = "", 0
+        self.token_chars = 0
+        """Where the next token begins, special ones counted: a log-probability's `text_offset`."""
 
     def add(self, token: int) -> str:
         self.text += self.stream.step(self.tokenizer, token) or ""
@@ -107,7 +110,7 @@ class Answer:
             choice: Fields = {"index": index, "finish_reason": decoding.finish_reason, "logprobs": None}
             choice |= {"message": {"role": "assistant", "content": text}} if self.asked.chat else {"text": text}
             if self.asked.sampling.logprobs:
-                choice["logprobs"] = self.logprobs(decoding.tokens, decoding.logprobs)
+                choice["logprobs"] = self.logprobs(decoding.tokens, decoding.logprobs, decoding.best)
             if self.asked.return_token_ids:
                 choice["token_ids"] = decoding.tokens
             if job.prompt_logprobs:
@@ -134,8 +137,10 @@ class Answer:
                 else:
                     text = streams[index].add(event.token)
                 logprobs = None
-                if event.logprob is not None:
-                    logprobs = self.logprobs([event.token], [event.logprob])
+                if event.logprob is not None and event.best is not None:
+                    stream = streams[index]
+                    logprobs = self.logprobs([event.token], [event.logprob], [event.best], stream.token_chars)
+                    stream.token_chars += len(self.token_text(event.token))
                 choice = self._delta(index, text, finish_reason=event.finish_reason, logprobs=logprobs)
                 if self.asked.return_token_ids:
                     choice["token_ids"] = [event.token]
@@ -168,7 +173,10 @@ class Answer:
     def token_text(self, token: int) -> str:
         return self.encoder.tokenizer.decode([token], skip_special_tokens=False)
 
-    def logprobs(self, tokens: list[int], values: list[float]) -> Fields:
+    def logprobs(
+        self, tokens: list[int], values: list[float], best: list[tuple[int, float]], offset: int = 0
+    ) -> Fields:
+        """`offset`: characters of the tokens before."""
         texts = [self.token_text(token) for token in tokens]
         if self.asked.chat:
             return {
@@ -177,7 +185,11 @@ class Answer:
                     for text, value in zip(texts, values, strict=True)
                 ]
             }
-        return {"tokens": texts, "token_logprobs": values, "top_logprobs": None, "text_offset": None}
+        top = [{text: value} for text, value in zip(texts, values, strict=True)]
+        if self.asked.best_logprobs:
+            top = [one | {self.token_text(token): value} for one, (token, value) in zip(top, best, strict=True)]
+        offsets = list(accumulate(map(len, texts), initial=offset))[:-1]
+        return {"tokens": texts, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
 
     def prompt_logprobs(self, job: Job) -> list[Fields | None]:
         """As vLLM gives them: nothing for the first token, then each token's log-probability and rank."""

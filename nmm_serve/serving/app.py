@@ -27,7 +27,8 @@ from nmm_serve.serving.requests import Asked, BadRequest, Fetched, Fields
 from nmm_serve.serving.scheduler import Busy, Scheduler
 
 PREPARED_AT_ONCE = 2
-"""Requests whose images and texts are decoded at the same time: an image may take 200 MB for a moment."""
+"""Requests whose images and texts are decoded at the same time. Each has one image open, which may take half a gigabyte
+for a moment (`MAX_PIXELS`)."""
 MAX_HELD_BYTES = 4 * MAX_BODY_BYTES
 """Of bodies and fetched images that are not prompts yet, of all clients together."""
 BODY_S, CHUNK_S = 120.0, 20.0

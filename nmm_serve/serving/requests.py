@@ -6,16 +6,13 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from PIL import Image
-
 from nmm_serve.engines.base import SamplingParams
-from nmm_serve.errors import ImageError, NMMError, PromptError
+from nmm_serve.errors import ImageError, PromptError
 from nmm_serve.image_hosts import BAD_BASE64, NO_FILES, NOT_BASE64, check_host
-from nmm_serve.images import load_image
 from nmm_serve.onnx.manifest import Manifest
 from nmm_serve.prompt import Prompt, PromptEncoder
 from nmm_serve.server import MAX_N
@@ -52,6 +49,8 @@ class Asked:
     include_usage: bool
     return_token_ids: bool
     prompt_logprobs: bool
+    best_logprobs: bool = False
+    """With each token's log-probability, that of the likeliest one."""
 
 
 def parse_json(body: bytes) -> Fields:
@@ -191,8 +190,9 @@ def read_completion(fields: Fields, encoder: PromptEncoder, manifest: Manifest, 
         room_for(prompt, manifest, "prompt")
     most = whole(fields, "max_tokens", DEFAULT_MAX_TOKENS, 1, 2**31)
     assert most is not None
-    logprobs = whole(fields, "logprobs", None, 0, 1) is not None
-    return asked(fields, prompts, most, logprobs=logprobs, manifest=manifest, chat=False)
+    logprobs = whole(fields, "logprobs", None, 0, 1)
+    found = asked(fields, prompts, most, logprobs=logprobs is not None, manifest=manifest, chat=False)
+    return replace(found, best_logprobs=logprobs == 1)
 
 
 def asked(
@@ -265,6 +265,9 @@ def read_prompts(value: Any, manifest: Manifest) -> list[str | list[int]]:
     items = value if isinstance(value, list) and value and not isinstance(value[0], int) else [value]
     if len(items) > MAX_PROMPTS:
         raise BadRequest(f"prompt has {len(items)} prompts, over the limit of {MAX_PROMPTS}", "prompt")
+    chars = sum(len(item) for item in items if isinstance(item, str))
+    if chars > MAX_TEXT_CHARS:
+        raise BadRequest(f"the prompts have {chars} characters, over the limit of {MAX_TEXT_CHARS}", "prompt")
     prompts: list[str | list[int]] = []
     for item in items:
         if isinstance(item, str):
@@ -288,8 +291,9 @@ def most_images(manifest: Manifest) -> int:
     return max(1, manifest.context_length // ((manifest.image_size // manifest.patch_size) ** 2 // 2 + 2))
 
 
-def read_messages(messages: Any, manifest: Manifest, fetched: Fetched) -> tuple[list[Fields], list[Image.Image]]:
-    """Chat messages in the shape of `nmm_serve.chat`, and their images in order. `fetched`: the remote ones by URL."""
+def read_messages(messages: Any, manifest: Manifest, fetched: Fetched) -> tuple[list[Fields], list[bytes]]:
+    """Chat messages in the shape of `nmm_serve.chat`, and the files of their images in order: open, those of one
+    request can take gigabytes. `fetched`: the remote ones by URL."""
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise BadRequest("messages must be a list of objects; not empty", "messages")
     urls, read, chars = [], [], 0
@@ -300,6 +304,8 @@ def read_messages(messages: Any, manifest: Manifest, fetched: Fetched) -> tuple[
         unknown = set(message) - {"role", "content", "name", "refusal"}
         if unknown:
             raise BadRequest(f"unknown field {sorted(unknown)[0][:64]!r} in a message; leave it out", "messages")
+        if content is None and role == "assistant":  # OpenAI's clients send back an answer that was empty so
+            content = ""
         if isinstance(content, list):
             parts = []
             for part in content:
@@ -339,12 +345,12 @@ def remote_urls(fields: Fields) -> list[str]:
     return urls
 
 
-def image_of(url: Any, fetched: Fetched) -> Image.Image:
-    """The image in a data URL, or the fetched one. Sizes are checked before anything is decoded; no file is read."""
+def image_of(url: Any, fetched: Fetched) -> bytes:
+    """The image file in a data URL, or the fetched one. No file of this machine is read."""
     if not isinstance(url, str):
         raise BadRequest("image_url needs a url: a base64 data URL", "messages")
     if url in fetched:
-        return _loaded(fetched[url])
+        return fetched[url]
     if url[:5].lower() == "file:":
         raise BadRequest(NO_FILES, "messages")
     if url[:5].lower() != "data:":
@@ -356,14 +362,6 @@ def image_of(url: Any, fetched: Fetched) -> Image.Image:
     if not comma or not re.fullmatch(r"data:[\w.+/-]{0,64};base64", head, re.IGNORECASE):
         raise BadRequest(NOT_BASE64, "messages")
     try:
-        decoded = base64.b64decode(data, validate=True)
+        return base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError):
         raise BadRequest(BAD_BASE64, "messages") from None
-    return _loaded(decoded)
-
-
-def _loaded(data: bytes) -> Image.Image:
-    try:
-        return load_image(data)
-    except NMMError as error:
-        raise BadRequest(str(error), "messages") from None

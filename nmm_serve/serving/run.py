@@ -1,6 +1,7 @@
 """Start and end the server: listen, announce, drain."""
 
 import asyncio
+import os
 import signal
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -58,12 +59,15 @@ def serve(
     metrics = Metrics()
     scheduler = Scheduler(runtime, max_waiting, metrics.ended)
     metrics.watch(scheduler)
-    name = Path(model).resolve().name
+    name = Path(os.path.abspath(model)).name  # a link keeps its name
 
     endpoints: Any = None
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: Any = None) -> None:
+            if early:
+                self.should_exit = True
+                return
             await super().startup(sockets)
             if self.started:
                 host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.host, options.host)
@@ -87,14 +91,18 @@ def serve(
         endpoints = Endpoints(name, encoder, runtime.manifest, scheduler, metrics, fetcher)
         config = uvicorn.Config(
             build_app(endpoints, options.api_key), host=options.host, port=port, http=ClientConnection, ws="none",
-            lifespan="off", log_level="warning", access_log=False, server_header=False,
+            lifespan="off", log_config=None, log_level="warning", access_log=False, server_header=False,
             timeout_graceful_shutdown=DRAIN_S,
         )  # fmt: skip
         async with fetcher or nullcontext():
             await Server(config).serve()
 
-    # uvicorn gives the signal on when it is done; it has been obeyed then
-    before = [(number, signal.signal(number, lambda *_: None)) for number in (signal.SIGINT, signal.SIGTERM)]
+    # before uvicorn listens to signals; and when it is done it gives them on, which have been obeyed then
+    early: list[int] = []
+    before = [
+        (number, signal.signal(number, lambda number, _: early.append(number)))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    ]
     try:
         asyncio.run(main())
     finally:

@@ -32,6 +32,8 @@ class Event:
 
     token: int | None = None
     logprob: float | None = None
+    best: tuple[int, float] | None = None
+    """The likeliest token, and its log-probability."""
     finish_reason: str | None = None
     error: str | None = None
 
@@ -190,8 +192,8 @@ class Scheduler:
             self._leave(job)
             self._end(job, "error", Event(finish_reason="error", error=str(error)))
             return
-        logprob = decoding.logprobs[-1] if job.sampling.logprobs else None
-        event = Event(token=token, logprob=logprob, finish_reason=decoding.finish_reason)
+        logprob, best = (decoding.logprobs[-1], decoding.best[-1]) if job.sampling.logprobs else (None, None)
+        event = Event(token=token, logprob=logprob, best=best, finish_reason=decoding.finish_reason)
         if decoding.finish_reason:
             self._leave(job)
             self._end(job, "success", event)

@@ -1,6 +1,7 @@
 """How commands end: exit status, one clear line, a traceback only on demand."""
 
 import errno
+import io
 from pathlib import Path
 
 import click
@@ -14,6 +15,12 @@ from nmm_serve.errors import DataError
 @click.group(cls=Group)
 def tool():
     """A tool."""
+
+
+@tool.command()
+def say():
+    """Say something."""
+    click.echo("r\u00e9sum\u00e9 \u2588")
 
 
 @tool.command()
@@ -40,6 +47,15 @@ def work(limit, fail):
 
 def run(*args):
     return CliRunner().invoke(tool, args)
+
+
+def test_what_a_terminal_cannot_show_is_shown_otherwise(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="latin-1", write_through=True))
+    with pytest.raises(SystemExit) as end:
+        tool.main(["say"])
+    assert end.value.code == 0
+    assert written.getvalue() == b"r\xe9sum\xe9 \\u2588\n"
 
 
 def test_success():

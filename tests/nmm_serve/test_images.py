@@ -1,4 +1,6 @@
 import io
+import struct
+import warnings
 
 import numpy as np
 import pytest
@@ -30,6 +32,47 @@ def test_exif_orientation_is_applied():
     assert np.array_equal(np.asarray(turned), np.asarray(PICTURE.transpose(Image.Transpose.ROTATE_270)))
 
 
+def exif(*entries):
+    """Of (tag, type, count, value) as they stand in a file."""
+    header = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries))
+    return header + b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries) + bytes(4)
+
+
+TURN = (0x0112, 3, 1, struct.pack("<HH", 6, 0))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "size"),
+    [
+        (b"Exif\0\0garbagegarbage", (4, 6)),
+        (b"Exif\0\0II*\0", (4, 6)),
+        (exif(TURN)[:20], (4, 6)),
+        (exif((0x0112, 2, 2, b"6\0\0\0")), (4, 6)),
+        (exif(TURN), (6, 4)),
+        (exif(TURN, (0x0100, 2, 4, b"abc\0")), (6, 4)),
+        (exif(TURN, (0x011A, 2, 4, b"abc\0")), (6, 4)),
+        (exif(TURN, (0x8769, 4, 1, struct.pack("<I", 99999))), (6, 4)),
+    ],
+)
+def test_damaged_metadata_say_nothing_of_the_pixels(metadata, size):
+    data = encoded(PICTURE, "JPEG", exif=metadata)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of damaged metadata
+        once = load_image(data)
+        opened = load_image(Image.open(io.BytesIO(data)))
+    assert (once.size, once.info) == (size, {})
+    assert np.array_equal(once, load_image(once))
+    assert np.array_equal(once, opened)
+
+
+def test_the_callers_image_stays_as_it_is():
+    image, metadata = PICTURE.copy(), exif((0x0112, 3, 1, struct.pack("<HH", 1, 0)))
+    image.info["exif"] = metadata
+    load_image(image).putpixel((0, 0), (0, 0, 0))
+    assert np.array_equal(image, PICTURE)
+    assert image.info["exif"] == metadata
+
+
 def test_transparency_shows_white():
     clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
     half = Image.new("RGBA", (2, 2), (255, 0, 0, 128))
@@ -44,6 +87,10 @@ def test_transparency_shows_white():
 def test_other_colour_modes():
     grey16 = Image.fromarray(np.array([[0, 65535, 32896]], dtype=np.uint16))
     assert [load_image(encoded(grey16)).getpixel((x, 0))[0] for x in range(3)] == [0, 255, 128]
+    for most in (65535, 4095):
+        middle = most * 32896 // 65535
+        pgm = b"P5\n3 1\n%d\n" % most + struct.pack(">3H", 0, most, middle)
+        assert [load_image(pgm).getpixel((x, 0))[0] for x in range(3)] == [0, 255, 128 if most == 65535 else 127]
     assert load_image(encoded(Image.new("CMYK", (2, 2), (0, 0, 0, 0)), "JPEG")).getpixel((0, 0)) == (255, 255, 255)
     assert load_image(encoded(Image.new("1", (2, 2), 1))).getpixel((0, 0)) == (255, 255, 255)
     frames = [Image.new("RGB", (2, 2), colour) for colour in ("red", "blue")]

@@ -66,12 +66,15 @@ def test_failed_requests_do_not_stop_the_others(engine):
     long = Request(prompt="circle " * 600)
     wrong = Request(prompt="<|image|>")
     wide = Request(prompt="<|image|>", images=[noise_image(0, 2000, 10)])
-    outputs = engine.generate([long, good, wrong, wide])
+    halves = [Request(prompt="a \ud83d b"), Request(messages=[{"role": "user", "content": "\udc80"}])]
+    outputs = engine.generate([long, good, wrong, wide, *halves])
     assert "context is 512; shorten the prompt" in outputs[0].error
     assert outputs[1].token_ids == engine.generate([good])[0].token_ids
     assert "1 <|image|> marks but 0 images" in outputs[2].error
     assert "longer than 16:1" in outputs[3].error
-    assert [o.finish_reason for o in outputs] == ["error", "length", "error", "error"]
+    assert "half of a surrogate pair (U+D83D at position 2)" in outputs[4].error
+    assert "half of a surrogate pair (U+DC80 at position 0)" in outputs[5].error
+    assert [o.finish_reason for o in outputs] == ["error", "length", *["error"] * 4]
 
 
 def test_stop_strings_cut_the_text(engine):

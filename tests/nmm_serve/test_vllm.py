@@ -83,6 +83,7 @@ def test_failed_requests_do_not_stop_the_others(early, oracle):
         "longer than 16:1": Request(prompt="<|image|>", images=[noise_image(0, 400, 3)]),
         "images of mode 'F'": Request(prompt="<|image|>", images=[Image.new("F", (8, 8))]),
         "but the model's context is 512": Request(prompt="what " * 300, sampling=SamplingParams(max_tokens=400)),
+        "half of a surrogate pair (U+D83D at position 2)": Request(prompt="a \ud83d b"),
         "unknown role 'tool'": Request(messages=[{"role": "tool", "content": "x"}]),
         "temperature": Request(prompt="x", sampling=SamplingParams(temperature=-1.0)),
     }

@@ -133,6 +133,7 @@ def test_tokenize_counts_as_usage_does(live):
         ({"prompt": "<|image|>"}, "1 <|image|> marks but 0 images"),
         ({"prompt": "circle " * 2000}, "maximum context length is 512"),
         ({"prompt": "a" * (2**20 + 1)}, "over the limit of 1048576"),
+        ({"prompt": ["a" * 2**19] * 3}, "the prompts have 1572864 characters, over the limit of 1048576"),
         ({"prompt": "a", "max_tokens": -1}, "max_tokens must be a whole number"),
         ({"prompt": "a", "max_tokens": 10**30}, "max_tokens must be a whole number"),
         ({"prompt": "a", "max_tokens": 600}, "maximum context length"),
@@ -318,7 +319,9 @@ def test_sigterm_lets_running_answers_end_and_exits_cleanly(live):
 
 
 def test_a_second_sigterm_ends_at_once(tmp_path):
-    with launched(exported("late-moe"), tmp_path / "log", "--threads", "1", "--max-num-seqs", "1") as server:
+    link = tmp_path / "current"  # keeps its name
+    link.symlink_to(exported("late-moe"))
+    with launched(link, tmp_path / "log", "--threads", "1", "--max-num-seqs", "1") as server:
         body = {"prompt": "what", "max_tokens": 500, "n": 32, "ignore_eos": True, "stream": True}
         head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\n"
         with socket.create_connection(server.address, timeout=30) as connection:

@@ -2,18 +2,22 @@
 
 import asyncio
 import base64
+import io
+import itertools
 import json
 import os
 import random
 import socket
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from exported import exported
 from image_web import image_web, png
+from PIL import Image
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("uvicorn")
@@ -22,6 +26,7 @@ pytest.importorskip("prometheus_client")
 import httpx
 import uvicorn
 
+from nmm_serve import images
 from nmm_serve.onnx.runtime import Runtime
 from nmm_serve.prompt import TokenizerFile
 from nmm_serve.serving import app as endpoints_of
@@ -189,6 +194,55 @@ def test_a_client_that_leaves_before_the_first_piece_frees_its_slot(served):
 def chat(url):
     return {"max_tokens": 3, "messages": [{"role": "user", "content": [
         {"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what"}]}]}  # fmt: skip
+
+
+def test_one_image_of_a_request_is_open_at_a_time(served, monkeypatch):
+    """All of them could take gigabytes, from a request of some kilobytes."""
+    seen, alive = [], []
+    convert = images.to_rgb
+
+    def to_rgb(image):
+        alive.append(sum(ref() is not None for ref in seen))
+        rgb = convert(image)
+        seen.append(weakref.ref(rgb))
+        return rgb
+
+    monkeypatch.setattr(images, "to_rgb", to_rgb)
+    buffer = io.BytesIO()
+    Image.new("L", (64, 64)).save(buffer, "PNG")
+    body = chat("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode())
+    body["messages"][0]["content"] *= 4
+    assert served.ask(body, "/v1/chat/completions").status_code == 200
+    assert alive == [0, 0, 0, 0]
+
+
+def test_log_probabilities_of_completions_are_whole(served):
+    """In vLLM's shape: the chosen token and, with 1, the likeliest one; where each begins in their texts."""
+    body = QUESTION | {"temperature": 1.5, "seed": 3, "max_tokens": 12, "logprobs": 1}
+    choice = served.ask(body).json()["choices"][0]["logprobs"]
+    starts = [0, *itertools.accumulate(map(len, choice["tokens"]))]
+    assert choice["text_offset"] == starts[:-1]
+    columns = zip(choice["tokens"], choice["token_logprobs"], choice["top_logprobs"], strict=True)
+    for token, logprob, top in columns:
+        assert logprob <= top[token] == max(top.values()) or top[token] == logprob  # two tokens may look alike
+        assert len(top) <= 2
+    assert any(len(top) == 2 for top in choice["top_logprobs"]), "some token was not the likeliest"
+    lines = served.ask(body | {"stream": True}).text.splitlines()
+    pieces = [json.loads(line[6:])["choices"][0]["logprobs"] for line in lines if line.startswith("data: {")]
+    assert {name: [value for piece in pieces for value in piece[name]] for name in choice} == choice
+    only = served.ask(body | {"logprobs": 0}).json()["choices"][0]["logprobs"]
+    assert only["top_logprobs"] == [
+        {token: value} for token, value in zip(choice["tokens"], choice["token_logprobs"], strict=True)
+    ]
+
+
+def test_an_assistant_may_have_said_nothing(served):
+    def ask(content):
+        said = [("user", "what"), ("assistant", content), ("user", "is")]
+        body = {"messages": [{"role": role, "content": text} for role, text in said]}
+        return served.ask(body, "/tokenize").json()
+
+    assert ask(None) == ask("")
 
 
 def test_remote_images_are_those_of_named_hosts(served):
