@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,10 +137,28 @@ def load_config(path: str | Path) -> "NMMConfig":
 
     path = check_checkpoint(path)
     try:
-        return NMMConfig.from_pretrained(path)
+        config = NMMConfig.from_pretrained(path)
     except Exception as error:
         reason = str(error.__cause__ or error).strip().splitlines()[-1]
         raise CheckpointError(f"{path}/config.json is not valid: {reason}") from error
+    if config.tie_word_embeddings and "lm_head.weight" in weight_names(path):
+        # transformers would use it, and vLLM the embeddings
+        raise CheckpointError(
+            f"{path}/config.json is not valid: tie_word_embeddings is true, but the weights hold an output layer of "
+            "their own, lm_head.weight; set it to false, or save the model anew with its weights tied"
+        )
+    return config
+
+
+def weight_names(path: Path) -> set[str]:
+    """Names of the tensors, from their files' headers. None of files that are damaged, which loading them tells."""
+    from safetensors import SafetensorError, safe_open
+
+    names: set[str] = set()
+    for file in path.glob("*.safetensors"):
+        with suppress(SafetensorError), safe_open(file, "numpy") as tensors:
+            names |= set(tensors.keys())
+    return names
 
 
 def load_processor(path: str | Path) -> "NMMProcessor":
@@ -154,10 +172,11 @@ def load_processor(path: str | Path) -> "NMMProcessor":
     except Exception as error:
         raise CheckpointError(f"{path}: the tokenizer or processor files cannot be read: {error}") from error
     for name, value in token_ids(processor.tokenizer).items():
-        if value != getattr(config, name):
+        expected = getattr(config, name)
+        if value != expected and not (isinstance(expected, list) and value in expected):  # there may be several ends
             raise CheckpointError(
                 f"{path}: tokenizer and model do not match: {name} is {value} in the tokenizer "
-                f"but {getattr(config, name)} in config.json; use the tokenizer that the model was trained with"
+                f"but {expected} in config.json; use the tokenizer that the model was trained with"
             )
     if len(processor.tokenizer) > config.vocab_size:
         raise CheckpointError(
@@ -205,9 +224,18 @@ def load_model(
 
 
 def read_run(path: str | Path) -> dict[str, Any]:
-    """`run.json`: how the checkpoint came to be. Empty when someone left it out."""
+    """`run.json`: how the checkpoint came to be. Empty when someone left it out. Raises CheckpointError for a damaged
+    one."""
     file = Path(path) / "run.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    try:
+        run = json.loads(file.read_text())
+    except ValueError:
+        run = None
+    if not isinstance(run, dict):
+        raise CheckpointError(f"{file} is not a JSON object; restore it, or delete it: the model works without")
+    return run
 
 
 def checkpoint_hash(path: str | Path) -> str:

@@ -151,6 +151,8 @@ class NMMConfig(PreTrainedConfig):
     """Patches of one image attend to each other in both directions. vLLM reads this very name."""
 
     def __post_init__(self, **kwargs):
+        for name in ("rope_parameters", "rope_scaling"):
+            self.check_rope(name, kwargs.pop(name, None))
         if isinstance(self.vision_config, dict):
             self.vision_config = NMMVisionConfig(**self.vision_config)
         self.head_dim = self.head_dim or default_head_dim(self.hidden_size)
@@ -158,6 +160,16 @@ class NMMConfig(PreTrainedConfig):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.intermediate_size = self.intermediate_size or default_intermediate_size(self.hidden_size)
         super().__post_init__(**kwargs)
+
+    def check_rope(self, name: str, given: dict | None) -> None:
+        """transformers' other spellings of RoPE's settings, which are not read: they may say what `rope_theta` says."""
+        same = {"rope_type": "default", "type": "default", "rope_theta": self.rope_theta}
+        for key, value in (given or {}).items():
+            if key not in same or value != same[key]:
+                raise ValueError(
+                    f"{name} has {key} {value!r}, but this model has RoPE of type 'default' and rope_theta "
+                    f"{self.rope_theta}; take {name} out, and give the base of the angles as rope_theta"
+                )
 
     def validate_architecture(self):
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "patch_size", "image_size"):

@@ -17,6 +17,7 @@ from nmm_serve.checkpoint import (
     load_processor,
     read_run,
 )
+from nmm_serve.config import NMMConfig
 from nmm_serve.errors import CheckpointError
 
 
@@ -81,6 +82,49 @@ def test_impossible_configs_are_one_line(copy, changes):
     with pytest.raises(CheckpointError, match=r"config\.json is not valid: \S+") as error:
         load_config(copy)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0}},
+        {"rope_scaling": {"type": "yarn", "factor": 2.0}},
+    ],
+)
+def test_rope_settings_that_nobody_reads_are_refused(copy, changes):
+    edit(copy / "config.json", **changes)
+    with pytest.raises(CheckpointError, match=r"rope_(parameters|scaling) has .* give .* as rope_theta"):
+        load_config(copy)
+
+
+def test_weights_tied_in_the_config_alone_are_refused(copy):
+    edit(copy / "config.json", tie_word_embeddings=True)
+    with pytest.raises(CheckpointError, match=r"tie_word_embeddings is true, but .* lm_head\.weight; set it to false"):
+        load_config(copy)
+
+
+def test_rope_settings_may_say_the_same(copy):
+    edit(copy / "config.json", rope_theta=500.0, rope_scaling=None)
+    edit(copy / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    config = load_config(copy)
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 500.0}  # as vLLM does
+    assert NMMConfig.from_dict(config.to_dict()).rope_theta == 500.0
+
+
+def test_a_model_may_have_several_ends(copy):
+    edit(copy / "config.json", eos_token_id=[7, 2])
+    assert load_processor(copy).tokenizer.eos_token_id == 2
+    edit(copy / "config.json", eos_token_id=[7, 8])
+    with pytest.raises(CheckpointError, match=r"eos_token_id is 2 in the tokenizer but \[7, 8\]"):
+        load_processor(copy)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\x00"])
+def test_a_damaged_record_is_named(copy, text):
+    (copy / "run.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"run\.json is not a JSON object"):
+        read_run(copy)
 
 
 def test_another_models_tokenizer_is_refused(copy, tmp_path):
