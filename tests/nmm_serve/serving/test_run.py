@@ -27,7 +27,7 @@ def test_a_signal_before_it_listens_is_obeyed(monkeypatch):
         return build(*args)
 
     monkeypatch.setattr(app, "build_app", interrupted)
-    run.serve(exported("early"), ServerOptions(port=0), threads=1, ready=lambda *_: pytest.fail("it started"))
+    run.serve(exported("late-moe"), ServerOptions(port=0), threads=1, ready=lambda *_: pytest.fail("it started"))
 
 
 def test_its_own_faults_are_in_its_log(tmp_path, monkeypatch):
@@ -50,6 +50,6 @@ def test_its_own_faults_are_in_its_log(tmp_path, monkeypatch):
     monkeypatch.setattr(requests, "read_completion", fault)
     monkeypatch.setattr(command, "_welcome", ready)
     log = tmp_path / "log"
-    result = CliRunner().invoke(command.main, ["launch", str(exported("early")), "--port", "0", "--log-file", str(log)])
+    result = CliRunner().invoke(command.main, ["launch", str(exported("late-moe")), "--port", "0", "--log-file", str(log)])
     assert (result.exit_code, result.stdout, told) == (0, "ready\n", [500])
     assert "a fault of ours" in log.read_text()
