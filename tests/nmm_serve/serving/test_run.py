@@ -50,6 +50,7 @@ def test_its_own_faults_are_in_its_log(tmp_path, monkeypatch):
     monkeypatch.setattr(requests, "read_completion", fault)
     monkeypatch.setattr(command, "_welcome", ready)
     log = tmp_path / "log"
-    result = CliRunner().invoke(command.main, ["launch", str(exported("late-moe")), "--port", "0", "--log-file", str(log)])
+    flags = ["--port", "0", "--threads", "1", "--log-file", str(log)]
+    result = CliRunner().invoke(command.main, ["launch", str(exported("late-moe")), *flags])
     assert (result.exit_code, result.stdout, told) == (0, "ready\n", [500])
     assert "a fault of ours" in log.read_text()
