@@ -121,6 +121,12 @@ def describe(error: Exception) -> str:
     """One line (or a few, where an NMMError has them) saying what went wrong and what to do next."""
     if isinstance(error, NMMError):
         return str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("nmm_serve"):
+        return (
+            f"this needs the package {error.name.partition('.')[0]!r}, which is not installed. What every command "
+            "needs comes with pip install nmm-serve (without --no-deps), the rest with its extras: "
+            "nmm-serve[train,evals,onnx]"
+        )
     if isinstance(error, OSError) and error.errno is not None:
         where = f": {error.filename}" if error.filename else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

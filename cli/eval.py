@@ -194,9 +194,15 @@ def all_(**options: Any) -> None:
     """VQA, captions, latency, our text tasks and, for a mixture of experts, routing: one record."""
     tasks: tuple[str, ...] = ("vqa", "caption", "latency", "text")
     if options["model"] is not None and Path(options["model"]).is_dir():
-        from nmm_serve.evals.routing import is_sparse
+        from nmm_serve.onnx.manifest import is_exported, read_manifest
 
-        tasks += ("routing",) if is_sparse(options["model"]) else ()
+        if is_exported(options["model"]):
+            if "moe" in read_manifest(options["model"]).family:
+                note("routing is left out: an exported model does not tell its experts' choices; ask its checkpoint")
+        else:
+            from nmm_serve.evals.routing import is_sparse
+
+            tasks += ("routing",) if is_sparse(options["model"]) else ()
     _evaluate(tasks, options)
 
 

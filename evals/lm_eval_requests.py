@@ -30,6 +30,8 @@ def sampling_of(gen_kwargs: dict[str, Any], max_gen_toks: int, seed: int) -> Sam
     options = dict(normalize_gen_kwargs(gen_kwargs, max_gen_toks))
     until, max_tokens = options.pop("until", []), options.pop("max_gen_toks")
     sampled, temperature = options.pop("do_sample", False), options.pop("temperature", None)
+    if isinstance(sampled, str):  # any word would count as true
+        raise ConfigError(f"the task asks for do_sample={sampled!r}; expected true or false")
     temperature = float(1.0 if temperature is None else temperature) if sampled else 0.0
     greedy = temperature == 0
     for name in _WITHOUT_MEANING_IF_GREEDY if greedy else ():

@@ -75,8 +75,11 @@ class TextTasks:
     specs: list[str]
 
 
+_PYTHON = {"True": True, "False": False, "None": None}
+
+
 def parse_gen_kwargs(text: str) -> dict[str, Any]:
-    """`key=value,...` with JSON values, or words. Raises ConfigError for anything else."""
+    """`key=value,...` with JSON's or Python's values, or words. Raises ConfigError for anything else."""
     options = {}
     for pair in filter(None, text.split(",")):
         key, equals, value = pair.partition("=")
@@ -85,7 +88,7 @@ def parse_gen_kwargs(text: str) -> dict[str, Any]:
         try:
             options[key.strip()] = json.loads(value)
         except ValueError:
-            options[key.strip()] = value
+            options[key.strip()] = _PYTHON.get(value.strip(), value)
     return options
 
 
@@ -109,8 +112,18 @@ def load_tasks(options: TextOptions) -> TextTasks:
         if unknown:
             raise DataError(unknown_name("text task", unknown[0], _worth_naming(manager, unknown[0])))
         loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+        from_file: dict[str, str] = {}
         for spec in specs:
             part = _load(manager, spec)
+            if spec.endswith(".yaml"):
+                if clash := [name for name in part["tasks"] if name in loaded["tasks"]]:
+                    raise DataError(
+                        f"{spec} and {from_file.get(clash[0], 'another of --tasks')} both hold a task {clash[0]!r}; "
+                        "rename one, or evaluate them apart"
+                    )
+                from_file |= dict.fromkeys(part["tasks"], spec)
+            elif clash := [name for name in part["tasks"] if name in from_file]:
+                raise DataError(f"{from_file[clash[0]]} and {spec} both hold a task {clash[0]!r}; rename yours")
             for kind, entries in part.items():
                 loaded[kind].update(entries)
         return TextTasks(manager, loaded, specs)
@@ -130,7 +143,8 @@ def _find(manager: Any, names: Sequence[str]) -> tuple[list[str], list[str]]:
         if Path(name).suffix == ".yaml":
             if not Path(name).is_file():
                 raise DataError(f"{name} does not exist; give the path of a task's YAML file, or a task's name")
-            found[name] = None
+            if all(Path(other).resolve() != Path(name).resolve() for other in found if other.endswith(".yaml")):
+                found[name] = None
         elif matches := manager.match_tasks([name]):
             found.update(dict.fromkeys(sorted(matches)))
         else:

@@ -125,5 +125,13 @@ def test_version():
     assert result.stdout.startswith("tool ")
 
 
+def test_a_missing_package_is_named():
+    said = describe(ModuleNotFoundError("No module named 'sklearn'", name="sklearn.datasets"))
+    assert "needs the package 'sklearn', which is not installed" in said
+    assert "nmm-serve[train,evals,onnx]" in said
+    ours = describe(ModuleNotFoundError("No module named 'nmm_serve.gone'", name="nmm_serve.gone"))
+    assert ours.startswith("ModuleNotFoundError")
+
+
 def test_describe_keeps_to_the_first_line_of_a_stranger():
     assert describe(RuntimeError("first\nsecond")).splitlines()[0] == "RuntimeError: first"

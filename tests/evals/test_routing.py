@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from eval_fakes import write_dataset
+from exported import exported
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -245,12 +246,15 @@ def test_all_measures_routing_too_and_only_of_experts(engine, tmp_path, monkeypa
     data = write_dataset(tmp_path / "data", images=3)
     dense = make_checkpoint(tmp_path / "dense")
     quick = ["--requests", 1, "--warmup", 0, "--concurrency", 1, "--output-tokens", 2, "--json", "--limit", 2]
-    tasks = {}
-    for model in (engine.model, dense):
+    tasks, said = {}, {}
+    for model in (engine.model, dense, exported("moe")):
         done = CliRunner().invoke(main, ["all", "--model", str(model), "--data", str(data), *map(str, quick)])
         assert done.exit_code == 0, done.stderr
-        tasks[str(model)] = json.loads(done.stdout)["tasks"]
+        tasks[str(model)], said[str(model)] = json.loads(done.stdout)["tasks"], done.stderr
     assert tasks[engine.model]["routing"]["by_source"].keys() == {"caption", "vqa"}
     assert tasks[engine.model]["routing"]["n"] == 4
     assert not tasks[engine.model]["routing"]["complete"]
     assert set(tasks[engine.model]) - set(tasks[str(dense)]) == {"routing"}
+    assert set(tasks[str(dense)]) == set(tasks[str(exported("moe"))])
+    assert "routing is left out: an exported model" in said[str(exported("moe"))]
+    assert "routing" not in said[str(dense)]

@@ -22,6 +22,7 @@ from text_fakes import KnownEngine, coin, uniform, write_task
 from nmm_serve.errors import ConfigError, DataError, EngineError
 from nmm_serve.evals import text
 from nmm_serve.evals.datasets import Files
+from nmm_serve.evals.lm_eval_requests import sampling_of
 from nmm_serve.evals.records import load_items, load_record
 from nmm_serve.evals.run import Options, evaluate, failures, load_data
 from nmm_serve.evals.text import SHIPPED, TextOptions, load_tasks, parse_gen_kwargs
@@ -304,8 +305,25 @@ def test_gen_kwargs_are_read():
     assert parse_gen_kwargs("max_gen_toks=3,do_sample=true,until=x") == {
         "max_gen_toks": 3, "do_sample": True, "until": "x",
     }  # fmt: skip
+    assert parse_gen_kwargs("do_sample=False,seed=None,until=False alarm") == {
+        "do_sample": False, "seed": None, "until": "False alarm",
+    }  # fmt: skip
+    assert sampling_of({"do_sample": False, "until": []}, 8, 0).temperature == 0
+    with pytest.raises(ConfigError, match="do_sample='no'; expected true or false"):
+        sampling_of({"do_sample": "no", "until": []}, 8, 0)
     with pytest.raises(ConfigError, match="not key=value"):
         parse_gen_kwargs("max_gen_toks")
+
+
+def test_two_files_with_a_task_of_one_name_are_refused(tmp_path):
+    mine, other = (write_task(tmp_path / folder, "mine", FOUR[:n]) / "mine.yaml" for folder, n in (("a", 3), ("b", 5)))
+    with pytest.raises(DataError, match=r"b/mine.yaml and .*a/mine.yaml both hold a task 'mine'; rename one"):
+        load_tasks(TextOptions(tasks=(str(mine), str(other))))
+    story = write_task(tmp_path / "c", "nmm_story", FOUR) / "nmm_story.yaml"
+    with pytest.raises(DataError, match="both hold a task 'nmm_story'"):
+        load_tasks(TextOptions(tasks=(str(story), "nmm_story")))
+    again = load_tasks(TextOptions(tasks=(str(mine), str(mine.parent / ".." / "a" / "mine.yaml"))))
+    assert list(again.loaded["tasks"]) == ["mine"]
 
 
 def test_what_an_engine_cannot_do_is_told_before_it_is_asked(run):
