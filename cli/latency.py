@@ -2,11 +2,12 @@
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from rich.progress import Progress
 
 from nmm_serve.cli.errors import Command, ItemsFailed
@@ -86,12 +87,17 @@ def split_options(options: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[
     """The comparison's own options, None when one model is measured, and the others."""
     own = {name: options[name] for name in _COMPARED}
     rest = {name: value for name, value in options.items() if name not in _COMPARED}
+    _refuse(("limit",), "is of items to score; times are taken of --requests requests")
     if not own["compared"]:
+        _refuse(("match", "image_size", "training"), "belongs to --compare")
         if own["models"] or own["presets"] or own["moe"] or own["resume"]:
             raise click.UsageError(
                 "MODELS, --preset, --moe and --resume belong to --compare; one model is named by --model"
             )
         return None, rest
+    _refuse(("batch_size", "name"), "is not for --compare: models are named by their folders, loads by --concurrency")
+    if own["models"]:
+        _refuse(("match", "moe", "image_size"), "is of models made of --preset; MODELS are as they are")
     if rest["model"] is not None:
         raise click.UsageError("with --compare, name the models without --model: nmm-eval latency --compare A B")
     if bool(own["models"]) == bool(own["presets"]):
@@ -101,6 +107,14 @@ def split_options(options: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[
     if rest["rates"]:
         raise click.UsageError("--rate is an open loop, which waits for nobody: measure each model alone, with --model")
     return own, rest
+
+
+def _refuse(names: Sequence[str], why: str) -> None:
+    """Raise UsageError where one of these options was given, which would otherwise be dropped."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        if parameter.name in names and context.get_parameter_source(parameter.name) != ParameterSource.DEFAULT:
+            raise click.UsageError(f"{parameter.opts[0]} {why}")
 
 
 def compare_latency(compared: dict[str, Any], options: dict[str, Any]) -> None:

@@ -30,7 +30,9 @@ _SPEED_ONLY = frozenset({
     "prefix_caching", "image_cache", "use_cache", "enforce_eager",
 })  # fmt: skip
 """What engines tell of themselves that makes them faster or slower only. Anything not listed is part of the key."""
-_NOT_THE_MODEL = frozenset({"run.json", "README.md"})
+_NOT_THE_MODEL = frozenset({"run.json"})
+_NO_MODEL_FILE = frozenset({".html", ".jsonl", ".log", ".md", ".png", ".svg"})
+"""What evaluations, and people, put beside weights."""
 _KEPT_FIELDS: dict[type, tuple[str, ...]] = {
     Output: ("text", "finish_reason", "num_prompt_tokens", "num_tokens"),
     Score: ("logprob", "is_greedy", "num_tokens"),
@@ -46,11 +48,7 @@ def identity(engine: Engine, seed: int) -> dict[str, Any] | None:
     folder = Path(engine.model)
     if engine.model.startswith(("http://", "https://")) or not folder.is_dir():
         return None
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and path.name not in _NOT_THE_MODEL and path.relative_to(folder).parts[0] != "training"
-    )
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and _is_of_the_model(path, folder))
     return {
         "files": {path.relative_to(folder).as_posix(): _file_digest(path) for path in files},
         "template": CHAT_TEMPLATE,
@@ -58,6 +56,18 @@ def identity(engine: Engine, seed: int) -> dict[str, Any] | None:
         "nmm-serve": __version__,
         "seed": seed,
     }
+
+
+def _is_of_the_model(path: Path, folder: Path) -> bool:
+    """Records, reports and kept answers may lie in the checkpoint's own folder, and are no part of it."""
+    if path.relative_to(folder).parts[0] in ("training", FOLDER):
+        return False
+    if path.name in _NOT_THE_MODEL or path.suffix in _NO_MODEL_FILE:
+        return False
+    if path.suffix != ".json":
+        return True
+    with path.open("rb") as stream:
+        return b'"format": "nmm-serve/' not in stream.read(200)
 
 
 class Answers:

@@ -31,6 +31,10 @@ _RIGHT = 90
 """VQA accuracy in percent from which an answer counts as right: three of the other nine annotators gave it."""
 
 
+Image = tuple[int, str]
+"""The number of its data set, and its id there."""
+
+
 def write_report(
     paths: Sequence[Path], output: Path, *, title: str = "Model comparison", scaling: Path | None = None
 ) -> None:
@@ -38,8 +42,9 @@ def write_report(
 
     Raises DataError for a file that is no record, OSError when the page cannot be written.
     """
-    single = [load_record(path) for path in paths]
-    single_items = [load_items(path, record) for path, record in zip(paths, single, strict=True)]
+    loaded = [load_record(path) for path in paths]
+    single_items = [_printable(load_items(path, record)) for path, record in zip(paths, loaded, strict=True)]
+    single = [_printable(record) for record in loaded]
     groups = joined(single)
     records = [join([single[i] for i in group]) for group in groups]
     items = [[item for i in group for item in single_items[i]] for group in groups]
@@ -170,15 +175,18 @@ def _samples(records: Sequence[Record], items: Sequence[Sequence[dict[str, Any]]
     First those whose thumbnails the records carry; then, where their files are still there, some whose questions the
     models answer differently: what changes from model to model is rare among a few images chosen blindly.
     """
-    thumbnails: dict[str, str] = {}
-    for record in records:
-        thumbnails |= record["samples"]
-    asked, captions, files = _by_image(records, items)
+    sets = _data_sets(records)
+    thumbnails: dict[Image, str] = {}
+    for data_set, record in zip(sets, records, strict=True):
+        thumbnails |= {(data_set, image): src for image, src in record["samples"].items()}
+    asked, captions, files = _by_image(sets, records, items)
     carried = set(thumbnails)
     differ = [
-        image
-        for image in by_hash(asked)
-        if image not in carried and any(q["verdict"] == "changed" for q in asked[image].values())
+        (data_set, image)
+        for image in by_hash(image for _, image in asked)
+        for data_set in sorted(set(sets))
+        if (data_set, image) not in carried
+        and any(q["verdict"] == "changed" for q in asked.get((data_set, image), {}).values())
     ]
     for image in differ[:_DIFFERING_IMAGES]:
         if image in files and files[image].is_file():
@@ -188,7 +196,7 @@ def _samples(records: Sequence[Record], items: Sequence[Sequence[dict[str, Any]]
                 continue
     return [
         {
-            "id": image,
+            "id": image[1],
             "src": src,
             "chosen": "by hash" if image in carried else "because the models differ",
             "questions": _most_telling(asked.get(image, {}).values()),
@@ -199,18 +207,38 @@ def _samples(records: Sequence[Record], items: Sequence[Sequence[dict[str, Any]]
     ]
 
 
+def _printable(document: Any) -> Any:
+    """Annotations, and folders' names, may hold half a surrogate pair, which neither pages nor plots can."""
+    return json.loads(json.dumps(document, ensure_ascii=False).encode(errors="replace"))
+
+
+def _data_sets(records: Sequence[Record]) -> list[int]:
+    """A number for each record: equal where no task that both hold differs in its files. Ids repeat between data."""
+    seen: list[dict[str, Any]] = []
+    numbers = []
+    for record in records:
+        held = {task: record["tasks"][task]["data"]["files"] for task in ("vqa", "caption") if task in record["tasks"]}
+        alike = (n for n, known in enumerate(seen) if all(known.get(task, held[task]) == held[task] for task in held))
+        number = next(alike, len(seen))
+        if number == len(seen):
+            seen.append({})
+        seen[number] |= held
+        numbers.append(number)
+    return numbers
+
+
 def _by_image(
-    records: Sequence[Record], items: Sequence[Sequence[dict[str, Any]]]
-) -> tuple[dict[str, dict[Any, dict[str, Any]]], dict[str, dict[str, Any]], dict[str, Path]]:
+    sets: Sequence[int], records: Sequence[Record], items: Sequence[Sequence[dict[str, Any]]]
+) -> tuple[dict[Image, dict[Any, dict[str, Any]]], dict[Image, dict[str, Any]], dict[Image, Path]]:
     """Questions by image and question id, captions by image, and where each image's file was."""
-    asked: dict[str, dict[Any, dict[str, Any]]] = {}
-    captions: dict[str, dict[str, Any]] = {}
-    files: dict[str, Path] = {}
-    for record, record_items in zip(records, items, strict=True):
+    asked: dict[Image, dict[Any, dict[str, Any]]] = {}
+    captions: dict[Image, dict[str, Any]] = {}
+    files: dict[Image, Path] = {}
+    for data_set, record, record_items in zip(sets, records, items, strict=True):
         for item in record_items:
             if item["task"] not in ("vqa", "caption"):
                 continue
-            image = str(item["image_id"])
+            image = (data_set, str(item["image_id"]))
             files[image] = Path(item["image"])
             shown = {"model": record["model"]["name"], "text": item["prediction"], "error": item["error"]}
             if item["task"] == "caption":

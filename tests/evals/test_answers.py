@@ -20,7 +20,7 @@ from nmm_serve.errors import DataError
 from nmm_serve.evals import answers as module
 from nmm_serve.evals.answers import Answers, identity
 from nmm_serve.evals.datasets import find_files
-from nmm_serve.evals.records import load_items, load_record
+from nmm_serve.evals.records import blank_record, load_items, load_record, no_checkpoint, write_record
 from nmm_serve.evals.run import Options, evaluate, failures, load_data
 
 
@@ -59,6 +59,19 @@ def test_another_file_of_the_checkpoint_is_a_miss(world, file):
     key, folder = world
     before = key()
     (folder / "model" / file).write_text("changed")
+    assert key() != before
+
+
+def test_what_evaluations_leave_beside_the_weights_is_no_miss(world):
+    key, folder = world
+    before = key()
+    record = blank_record(no_checkpoint("m", "here", "a test"), {"name": "fake"}, seed=0)
+    write_record(record, [{"task": "vqa"}], folder / "model/vqa.json")
+    for name in ("report.html", "answers/vqa-0.jsonl", "notes.md", "loss.png"):
+        (folder / "model" / name).parent.mkdir(exist_ok=True)
+        (folder / "model" / name).write_text("x")
+    assert key() == before
+    (folder / "model" / "generation_config.json").write_text('{"format": "else"}')
     assert key() != before
 
 

@@ -96,6 +96,27 @@ def test_two_records_of_one_model_are_told_apart(make, page):
     assert "same (fake) #2" in text
 
 
+def test_answers_to_another_data_set_are_kept_apart(make, page, tmp_path):
+    """Its questions have the same ids."""
+    other = write_dataset(tmp_path / "other")
+    questions = other / "vqa_val_questions.json"
+    questions.write_text(questions.read_text().replace("What colour", "How many dogs"))
+    here = make("here", tasks=("vqa", "caption"))
+    there = make("there", lambda _: says("seven"), ("vqa",), find_files(other, "val"))
+    text = page(here, there)
+    assert "How many dogs" in text
+    cards = re.findall(r'data-verdict="(\w+)".*?class="question">(.*?)</div>', text, re.S)
+    assert cards
+    assert not any(verdict == "changed" for verdict, _ in cards)
+
+
+def test_half_a_surrogate_pair_does_not_stop_the_page(make, page, tmp_path):
+    data = write_dataset(tmp_path / "odd")
+    file = data / "vqa_val_annotations.json"
+    file.write_text(file.read_text().replace('"answer": "red"', '"answer": "red\\ud83d"'))
+    assert "red?" in page(make("caf\udce9", files=find_files(data, "val")))
+
+
 def test_records_without_some_tasks(make, page):
     text = page(make("only vqa", tasks=("vqa",)), make("only latency", tasks=("latency",)))
     assert "only vqa" in text
