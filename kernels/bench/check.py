@@ -11,8 +11,9 @@ import torch.nn.functional as F
 BOUND = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-5}
 """Largest |actual - expected| / |expected| (Frobenius norms) for each type: several roundings of the type."""
 TOKENS = 256
-"""Gradients of the weights need all tokens, and in float32 many tokens take longer than the measurement: outputs are
-compared for so many tokens of the cell, gradients on so many tokens alone."""
+"""Float32 is worked out for so many tokens of the cell, since all of them would take longer than the measurement.
+A peer always gets the whole batch, so that what is checked are the very kernels that are timed; the output's gradient
+is zero outside these tokens, which leaves the weights' gradients what these tokens alone give."""
 
 
 def exact_layer(x_TD, logits_TE, gate_up_E2FD, down_EDF, top_k: int) -> torch.Tensor:

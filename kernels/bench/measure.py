@@ -164,13 +164,18 @@ class Expected:
 
         with torch.no_grad():
             self.y = layer(x_TD[self.sample], logits_TE[self.sample])
-        self.gradients = self.few(layer, both) if self.training else []
+        self.gradients: list[torch.Tensor] = []
+        if self.training:
+            x, logits, dy = (tensor[self.sample] for tensor in (x_TD, logits_TE, dy_TD))
+            self.gradients = check.gradients(layer, x, logits, both, dy)
 
-    def few(self, layer, weights) -> list[torch.Tensor]:
-        """Gradients with the sampled tokens as the whole batch."""
-        return check.gradients(
-            layer, self.x_TD[self.sample], self.logits_TE[self.sample], weights, self.dy_TD[self.sample]
+    def gradients_of(self, prepared: Prepared) -> list[torch.Tensor]:
+        """What a peer gives for `gradients`: of the whole batch, with no gradient coming from the other tokens."""
+        dy_TD = torch.zeros_like(self.dy_TD).index_copy_(0, self.sample, self.dy_TD[self.sample])
+        dx_TD, dlogits_TE, *others = check.gradients(
+            prepared.layer, self.x_TD, self.logits_TE, prepared.parameters, dy_TD
         )
+        return [dx_TD[self.sample], dlogits_TE[self.sample], *others]
 
 
 def prepare(entry: Entry, cell: Cell, copies: Sequence[Weights], device: Device, expected: Expected) -> None:
@@ -233,7 +238,7 @@ def check_peer(entry: Entry, prepared: Prepared, expected: Expected) -> None:
     errors = {"output": check.error(y_TD[expected.sample], expected.y)}
     if expected.training:
         names = ("gradient of x", "gradient of the logits", "gradient of gate_up", "gradient of down")
-        actual = expected.few(prepared.layer, prepared.parameters)
+        actual = expected.gradients_of(prepared)
         for name, ours, theirs in zip(names, actual, expected.gradients, strict=True):
             if name == "gradient of gate_up" and prepared.parameters[0] is not expected.weights.gate_up:
                 continue  # its rows are in another order

@@ -295,6 +295,35 @@ def test_a_wrong_gradient_is_found():
     assert found["results"][0]["reason"].startswith("wrong: relative error of gradient of down 5.0e-01")
 
 
+def test_a_gradient_that_is_wrong_for_many_tokens_alone_is_found():
+    """As of a kernel that only the timed number of tokens reaches; and 256 tokens of more have the very gradients."""
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, weight, tokens):
+            ctx.many = tokens > check.TOKENS
+            return weight.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad / 2 if ctx.many else grad, None
+
+    device = FakeDevice({})
+
+    def prepare(weights, top_k):
+        def layer(x, logits):
+            down = Wrong.apply(weights.down, len(x))
+            return check.exact_layer(x, logits, weights.gate_up, down, top_k)
+
+        return Prepared(layer, (weights.gate_up, weights.down))
+
+    (ours,) = (peer for peer in PEERS if peer.name == OURS)
+    found = in_cell(device, [Peer("wrong", prepare, trains=True), ours], a_cell("train", tokens=check.TOKENS + 44))
+    wrong, right = found["results"]
+    assert wrong["reason"].startswith("wrong: relative error of gradient of down 5.0e-01")
+    assert right["reason"] is None
+
+
 def test_the_whole_run_keeps_its_time_and_says_what_it_left_out(monkeypatch):
     monkeypatch.setattr(roofline, "measure", lambda device, dtype: Roofline(1e9, 1e12))
     device = FakeDevice({OURS: 1.0, "other": 2.0})
