@@ -106,7 +106,8 @@ def bench(
 def choose(records: Sequence[Path]) -> None:
     """Let RECORDS of the benchmark decide whose kernels vLLM uses on the GPUs that they were measured on.
 
-    The decision is kept in a table within the installed package.
+    The decision is kept in a table within the installed package, and replaces an older one on the same layer: give all
+    records of a layer at once. Ours are chosen where no cell of decode and prefill was lost, and both were measured.
 
     \b
     nmm-serve kernels choose kernels.json
@@ -118,25 +119,25 @@ def choose(records: Sequence[Path]) -> None:
     from nmm_serve.evals.records import write_text
     from nmm_serve.vllm_plugin.moe_choice import OURS, TABLE, THEIRS, merged, read_table, rows_of
 
-    new: list[dict[str, Any]] = []
+    read: list[dict[str, Any]] = []
     for path in records:
         record = read_json(path)
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise DataError(f"{path} is no record of `nmm-serve kernels bench -o`; expected the format {FORMAT!r}")
         try:
-            rows = rows_of(record)
+            rows = rows_of([record])
         except (KeyError, TypeError, AttributeError):
             raise DataError(f"{path} is a damaged record; run the benchmark again") from None
         if not rows:
             raise DataError(
                 f"{path} has no cell that {OURS} and {THEIRS} were both timed in; install vLLM and repeat it"
             )
-        new += rows
-    table = merged(read_table(TABLE), new)
+        read.append(record)
+    table = merged(read_table(TABLE), rows_of(read))
     write_text(TABLE, json.dumps({"rows": table}, indent=2) + "\n")
     lines = [
         [" ".join(str(value) for value in row["layer"].values()), str(row["cells"]), number(row["worst_ratio"]),
-         "nmm-serve" if row["faster"] else "vllm"]
+         "nmm-serve" if row["faster"] else f"vllm: {row['reason']}"]
         for row in table
     ]  # fmt: skip
     print_table(

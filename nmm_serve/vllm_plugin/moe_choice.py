@@ -8,7 +8,7 @@ insist. The table is made of the records of `nmm-serve kernels bench` by `nmm-se
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,8 @@ SETTINGS = ("auto", "vllm", "nmm-serve")
 TABLE = Path(__file__).with_name("moe_choice.json")
 OURS, THEIRS = "nmm-serve", "vLLM fused_moe"
 """Names of the peers in the benchmark's records."""
+REGIMES = "decode", "prefill"
+"""What serving does, of the benchmark's regimes."""
 
 Choice = Literal["vllm", "nmm-serve"]
 
@@ -55,36 +57,64 @@ def choose(layer: ExpertsLayer, obstacle: str | None = None, table: Path = TABLE
 
 
 def read_table(path: Path = TABLE) -> list[dict[str, Any]]:
-    """Rows of `layer`, `cells`, `worst_ratio`, `faster`, `measured`. Empty where nothing was measured."""
+    """Rows of `layer`, `cells`, `worst_ratio`, `faster`, `reason`, `measured`. Empty where nothing was measured."""
     return json.loads(path.read_text())["rows"]
 
 
-def rows_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a benchmark says of each layer that it timed with both. Ours are `faster` if they were nowhere slower: one
-    serving process decodes and prefills with the same layer, and vLLM picks it once.
+def rows_of(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What benchmarks say, taken together, of each layer. Ours are `faster` if they were timed with vLLM's in decode
+    and in prefill, and were nowhere slower: one serving process does both with the same layer, and vLLM picks it once.
+    A cell in which ours failed was lost. `worst_ratio` is null where no cell has both.
 
-    Only inference counts, and CUDA graphs where both had them, since vLLM runs so.
+    Only inference counts, and CUDA graphs where vLLM's had them, since vLLM runs so.
     """
-    ratios: dict[ExpertsLayer, list[float]] = {}
-    for cell in record["cells"]:
-        results = {result["peer"]: result for result in cell["results"]}
-        mine, theirs = results.get(OURS, {}), results.get(THEIRS, {})
-        mode = "graph" if "graph" in mine and "graph" in theirs else "eager"
-        if cell["regime"] == "train" or mode not in mine or mode not in theirs:
-            continue
-        numbers = {name: cell[name] for name in ("hidden", "intermediate", "experts", "top_k")}
-        layer = ExpertsLayer(gpu=record["device"]["name"], dtype=record["dtype"], **numbers)
-        ratios.setdefault(layer, []).append(theirs[mode]["median_s"] / mine[mode]["median_s"])
-    return [
-        {
+    found: dict[ExpertsLayer, Evidence] = {}
+    for record in records:
+        for cell in record["cells"]:
+            results = {result["peer"]: result for result in cell["results"]}
+            mine, theirs = results.get(OURS, {}), results.get(THEIRS, {})
+            mode = "graph" if "graph" in theirs else "eager"
+            if cell["regime"] not in REGIMES or (mode in mine and mode not in theirs):
+                continue
+            numbers = {name: cell[name] for name in ("hidden", "intermediate", "experts", "top_k")}
+            layer = ExpertsLayer(gpu=record["device"]["name"], dtype=record["dtype"], **numbers)
+            evidence = found.setdefault(layer, Evidence())
+            evidence.measured = max(evidence.measured, record["created"])
+            if mode in mine:
+                evidence.ratios.append((cell["regime"], theirs[mode]["median_s"] / mine[mode]["median_s"]))
+            else:
+                evidence.failures.append(cell["regime"])
+    return [evidence.row(layer) for layer, evidence in found.items()]
+
+
+@dataclass
+class Evidence:
+    """On one layer, from all its cells."""
+
+    measured: str = ""
+    ratios: list[tuple[str, float]] = field(default_factory=list)
+    """Regime, and vLLM's time over ours."""
+    failures: list[str] = field(default_factory=list)
+    """Regimes of the cells in which ours gave no time."""
+
+    def row(self, layer: ExpertsLayer) -> dict[str, Any]:
+        worst = min((ratio for _, ratio in self.ratios), default=None)
+        missing = [regime for regime in REGIMES if all(regime != known for known, _ in self.ratios)]
+        reason = None
+        if self.failures:
+            reason = f"cells in which ours failed: {len(self.failures)}"
+        elif missing:
+            reason = f"not compared in {' and '.join(missing)}"
+        elif worst is not None and worst <= 1:
+            reason = "ours are slower in a cell"
+        return {
             "layer": asdict(layer),
-            "cells": len(found),
-            "worst_ratio": min(found),
-            "faster": min(found) > 1,
-            "measured": record["created"],
+            "cells": len(self.ratios) + len(self.failures),
+            "worst_ratio": worst,
+            "faster": reason is None,
+            "reason": reason,
+            "measured": self.measured,
         }
-        for layer, found in ratios.items()
-    ]
 
 
 def merged(old: Iterable[dict[str, Any]], new: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
