@@ -34,8 +34,8 @@ DEFINITIONS = {
     "ratio_to_best_peer": "fastest peer's median / our median, each in its faster mode; above 1 we are faster",
     "cold": f"copies of the weights used in turn hold more than {CACHE_MULTIPLE} times the L2 cache",
     "check": f"relative error to float32 before timing, of the whole batch's output at {check.TOKENS} of its tokens; "
-    "in the train regime also of the gradients of x and the logits at these tokens, and of the weights' gradients, of the "
-    "whole batch with an output gradient that is zero at all other tokens",
+    "in the train regime also of the gradients of x and the logits at these tokens, and of the weights' gradients, of "
+    "the whole batch with an output gradient that is zero at all other tokens",
     "bound": "a peer with is_bound is no implementation: two batched products on equal, already sorted groups",
     "rounds": f"at least {LEAST_ROUNDS}, at most {MOST_ROUNDS}, as the time allows",
 }
