@@ -48,7 +48,7 @@ def speed(
         check_place(output)
     threads = threads or torch.get_num_threads()
     with quiet_stdout(), progress_bars() as bars:
-        bar = bars.add_task("steps", total=(options["rounds"] + 1) * len(variants))
+        bar = bars.add_task("steps", total=(options["rounds"] + 1) * len(set(variants)))
         section = measure(preset, variants, threads=threads, progress=lambda n: bars.advance(bar, n), **options)
     record = blank_record(no_checkpoint(None, preset, "weights are random"), {"name": "train"}, seed=0)
     record["tasks"] = {"train_speed": section}

@@ -214,15 +214,23 @@ def check_tools() -> list[Finding]:
 
 def check_extras() -> list[Finding]:
     findings = []
-    for name, source, use in (
-        ("openai", "nmm-serve[evals]", "ask a server"),
-        ("pycocoevalcap", "nmm-serve[evals]", "score captions"),
-        ("onnxruntime", "nmm-serve[onnx]", "run exported models"),
+    for name, module, extra, use in (
+        ("scikit-learn", "sklearn", "train", "draw the built-in data"),
+        ("peft", "peft", "train", "train adapters"),
+        ("pyarrow", "pyarrow", "train", "read Parquet files"),
+        ("tensorboard", "tensorboard", "train", "log to TensorBoard"),
+        ("openai", "openai", "evals", "ask a server"),
+        ("pycocoevalcap", "pycocoevalcap", "evals", "score captions"),
+        ("lm-eval", "lm_eval", "evals", "run text tasks"),
+        ("matplotlib", "matplotlib", "evals", "draw plots"),
+        ("scipy", "scipy", "evals", "fit scaling laws"),
+        ("imagehash", "imagehash", "evals", "find near-duplicate images"),
+        ("onnxruntime", "onnxruntime", "onnx", "run exported models"),
     ):
         number = installed(name)
         if number is None:
-            findings.append(Finding(name, "warning", "not installed", f"to {use}: pip install '{source}'"))
-        elif importlib.util.find_spec(name) is None:
+            findings.append(Finding(name, "warning", "not installed", f"to {use}: pip install 'nmm-serve[{extra}]'"))
+        elif importlib.util.find_spec(module) is None:
             findings.append(
                 Finding(name, "problem", f"{number}, but it cannot be found", f"pip install --force-reinstall {name}")
             )

@@ -95,10 +95,12 @@ def measure(
     rounds: int,
     progress: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:
-    """Time `rounds` rounds after one that warms up. `progress` counts steps: (rounds + 1) * len(variants).
+    """Time `rounds` rounds after one that warms up, each variant once however often it is named. `progress` counts
+    steps: rounds + 1 of each variant.
 
     Raises ConfigError for what cannot be built and TrainingError when a variant's process ends.
     """
+    variants = tuple(dict.fromkeys(variants))
     for name in variants:  # a wrong preset should not start processes
         speed_config(preset, name, rows, context_length)
     setup = {

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from nmm_serve.config import NMMConfig
-from nmm_serve.errors import NMMError
+from nmm_serve.errors import NMMError, TrainingError
 from nmm_serve.presets import preset as named_preset
 from nmm_serve.sizing import count_params
 from nmm_serve.train.build import build
@@ -144,9 +144,16 @@ def our_steps(pipe: Connection, config: TrainConfig, folder: Path) -> int:
 
 
 def hugging_face_steps(pipe: Connection, config: TrainConfig, folder: Path, steps: int, *, padded: bool) -> int:
-    """What somebody would write who has the model class, the documents and transformers.Trainer. Returns as above."""
+    """What somebody would write who has the model class, the documents and transformers.Trainer. Returns as above.
+
+    Raises TrainingError where accelerate is missing: the Trainer refuses to start without.
+    """
     import transformers
 
+    if not transformers.utils.is_accelerate_available():
+        raise TrainingError(
+            "transformers.Trainer needs accelerate; run pip install 'nmm-serve[train]', or time dense and moe alone"
+        )
     transformers.utils.logging.set_verbosity_error()
     mixture = parse_mixture({"sources": config.data.sources}, Path(config.data.root))
     torch.manual_seed(config.seed)

@@ -1,7 +1,10 @@
 """The doctor: each finding against an installation that is broken in one way."""
 
+import re
 import shutil
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -152,6 +155,22 @@ def test_tools_that_are_missing_are_warnings_with_a_command(monkeypatch):
     for finding in doctor.check_tools():
         assert finding.level == "warning"
         assert "apt-get install" in finding.advice
+
+
+def test_every_package_of_the_extras_for_training_and_evaluation_is_looked_for():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    wanted = {
+        re.match(r"[\w-]+", requirement)[0]
+        for extra in ("train", "evals")
+        for requirement in project["optional-dependencies"][extra]
+    }
+    assert wanted <= {finding.name for finding in doctor.check_extras()}
+
+
+def test_a_package_whose_module_has_another_name_is_found(monkeypatch):
+    monkeypatch.setattr(doctor, "installed", lambda name: "1.0")
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: name in ("sklearn", "lm_eval") or None)
+    assert [f.name for f in doctor.check_extras() if f.level == "ok"] == ["scikit-learn", "lm-eval"]
 
 
 def test_extras(monkeypatch):

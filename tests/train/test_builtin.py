@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import sys
 from collections import Counter
 
 import numpy as np
@@ -166,6 +167,12 @@ def test_pictures_show_the_colors_of_the_scene_on_light_paper():
             shown += 1
         assert pixels[paper].min() > 180
     assert wrong <= 0.02 * shown
+
+
+def test_without_scikit_learn_the_extra_to_install_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(DataError, match=r"scikit-learn .*pip install 'nmm-serve\[train\]'"):
+        digits._load.__wrapped__()
 
 
 def test_small_handwriting_of_the_held_out_pool_can_be_read():

@@ -119,6 +119,44 @@ def test_unknown_preset_starts_no_process(monkeypatch):
         speed.measure("smal", threads=1, rows=1, context_length=64, rounds=1)
 
 
+class Child:
+    """A variant's process, without one: what `receive` gives has come from "ready" or a turn."""
+
+    def __init__(self, name, setup):
+        self.answers = [{"parameters": 1, "active": 1}]
+
+    def receive(self):
+        assert self.answers, "nothing was sent: a process would be waited for without end"
+        return self.answers.pop()
+
+    def ask(self, turn):
+        self.answers.append(step(1.0) | {"loss": 1.0, "padding": 0, "data_wait": None} if turn == "step" else {})
+        return self.receive()
+
+    def end(self):
+        pass
+
+
+def test_a_variant_named_twice_is_timed_once(monkeypatch):
+    monkeypatch.setattr(speed, "_Child", Child)
+    monkeypatch.setattr(speed, "SETTLE_S", 0)
+    taken = []
+    found = speed.measure(
+        "atto", ("dense", "moe", "dense"), threads=1, rows=1, context_length=64, rounds=2, progress=taken.append
+    )
+    assert [row["variant"] for row in found["variants"]] == ["dense", "moe"]
+    assert len(taken) == 3 * 2
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_without_accelerate_the_extra_to_install_is_named(tmp_path, monkeypatch, padded):
+    monkeypatch.setattr("transformers.utils.is_accelerate_available", lambda: False)
+    parent = Parent()
+    with pytest.raises(TrainingError, match=r"accelerate; run pip install 'nmm-serve\[train\]'"):
+        hugging_face_steps(parent, speed_config(**SIZE, variant="hf_padded"), tmp_path, 2, padded=padded)
+    assert parent.answers == []
+
+
 @pytest.mark.slow
 def test_command_writes_a_record(tmp_path):
     path = tmp_path / "speed.json"

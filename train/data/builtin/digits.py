@@ -5,13 +5,15 @@ import random
 
 import numpy as np
 
+from nmm_serve.errors import DataError
+
 # Of the 1797 images; the rest is training data.
 HELD_OUT_SHARE = {"val": 0.15, "test": 0.15}
 
 
 @functools.cache
 def images() -> np.ndarray:
-    """All digit images, [1797, 8, 8] float32, ink 0..1."""
+    """All digit images, [1797, 8, 8] float32, ink 0..1. Raises DataError where scikit-learn is missing."""
     return _load()[0]
 
 
@@ -40,7 +42,12 @@ def pools(split: str) -> tuple[tuple[int, ...], ...]:
 
 @functools.cache
 def _load() -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.datasets import load_digits  # seconds to import, and only the built-in data needs it
+    try:
+        from sklearn.datasets import load_digits  # seconds to import, and only the built-in data needs it
+    except ImportError as error:
+        raise DataError(
+            f"the built-in data takes its handwriting from scikit-learn ({error}); run pip install 'nmm-serve[train]'"
+        ) from None
 
     bunch = load_digits()
     return (bunch.images / 16).astype(np.float32), bunch.target
