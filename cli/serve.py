@@ -136,10 +136,8 @@ def _launch_onnx(model: str, options: Any, own: dict[str, int | None], log_file:
 
     from nmm_serve.serving.run import serve
 
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING,
-        **({"filename": log_file, "encoding": "utf-8"} if log_file else {}),
-    )  # fmt: skip
+    style = "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(filename=log_file, encoding="utf-8", level=logging.WARNING, format=style)
     _hide_key(options.api_key)
     given = {name: value for name, value in own.items() if value is not None}
     serve(
