@@ -85,7 +85,8 @@ def launch(
     nmm-serve launch ckpt/ --allow-media-domain images.example.org
     """
     from nmm_serve.onnx.manifest import is_exported
-    from nmm_serve.server import LOOPBACK, Server, ServerOptions
+    from nmm_serve.server import LOOPBACK, Server
+    from nmm_serve.server_options import ServerOptions
 
     if options["host"] not in LOOPBACK and not api_key:
         note(f"Warning: {options['host']} can be reached from other machines, and no --api-key is set.")

@@ -20,7 +20,7 @@ from nmm_serve.evals.lab.process import told
 from nmm_serve.evals.lab.training import BATCH, Trainee, measure_steps
 from nmm_serve.evals.lab.worker import Worker
 from nmm_serve.evals.latency import UNSEEN, Load
-from nmm_serve.server import on_gpu
+from nmm_serve.server_options import on_gpu
 
 ENGINES = ("torch", "vllm", "onnx")
 TRAINING = "training"

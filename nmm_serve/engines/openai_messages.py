@@ -10,14 +10,18 @@ from PIL import Image
 
 from nmm_serve.errors import PromptError
 from nmm_serve.images import load_image
+from nmm_serve.prompt import checked
 
 
 def with_images(messages: Sequence[dict[str, Any]], images: Sequence[Image.Image | Path]) -> list[dict[str, Any]]:
-    """Put the images where the messages say, as data URLs. Raises PromptError when their numbers differ."""
+    """Put the images where the messages say, as data URLs. Raises PromptError when their numbers differ, and for
+    a text that JSON in UTF-8 cannot carry."""
     slots = 0
     filled = []
     for message in messages:
         content = message.get("content")
+        if isinstance(content, str):
+            checked(content)
         if isinstance(content, list):
             parts = []
             for part in content:
@@ -25,6 +29,8 @@ def with_images(messages: Sequence[dict[str, Any]], images: Sequence[Image.Image
                     if slots < len(images):
                         part = {"type": "image_url", "image_url": {"url": data_url(images[slots])}}
                     slots += 1
+                if isinstance(part.get("text"), str):
+                    checked(part["text"])
                 parts.append(part)
             content = parts
         filled.append({**message, "content": content})
@@ -43,4 +49,5 @@ def data_url(image: Image.Image | Path) -> str:
 
 
 def as_json(prompt: str | Sequence[int]) -> str | list[int]:
-    return prompt if isinstance(prompt, str) else list(prompt)
+    """Raises PromptError as `with_images` does."""
+    return checked(prompt) if isinstance(prompt, str) else list(prompt)

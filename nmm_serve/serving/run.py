@@ -11,7 +11,8 @@ from typing import Any
 from nmm_serve.errors import ConfigError, EngineError
 from nmm_serve.onnx.runtime import INSTALL, Runtime
 from nmm_serve.prompt import TokenizerFile
-from nmm_serve.server import DRAIN_S, ServerOptions, check_domains, free_port
+from nmm_serve.server import DRAIN_S, free_port
+from nmm_serve.server_options import ServerOptions, check_domains
 
 
 def serve(

@@ -212,13 +212,18 @@ def test_image_count_must_match(images):
 
 def test_what_cannot_be_sent_is_an_output_with_an_error(server):
     picture = [Image.new("RGB", (1, 1))]
+    half = "a \ud83d b"
     outputs = OpenAIEngine(server.url).generate(
-        [Request(prompt="<|image|>", images=picture), chat(ignore_eos=True), chat("fine")]
-    )
+        [
+            Request(prompt="<|image|>", images=picture), chat(ignore_eos=True), chat("fine"), chat(half),
+            Request(prompt=half), Request(messages=[{"role": "user", "content": [{"type": "text", "text": half}]}]),
+        ]
+    )  # fmt: skip
     assert "only in chat messages" in outputs[0].error
     assert "ignore_eos" in outputs[1].error
     assert outputs[2].error is None
-    assert [o.finish_reason for o in outputs] == ["error", "error", "stop"]
+    assert [o.finish_reason for o in outputs] == ["error", "error", "stop", "error", "error", "error"]
+    assert all("half of a surrogate pair" in o.error for o in outputs[3:])
 
 
 def test_logprobs_of_the_chosen_tokens(server):

@@ -8,9 +8,11 @@ import pytest
 from tiny_checkpoint import make_checkpoint
 
 from nmm_serve import server as module
+from nmm_serve import server_options
 from nmm_serve.checkpoint import load_config
 from nmm_serve.errors import CheckpointError, ConfigError, EngineError, UsageError
-from nmm_serve.server import Server, ServerOptions, flag_names, free_port, server_command, start_failure
+from nmm_serve.server import Server, free_port, server_command, start_failure
+from nmm_serve.server_options import ServerOptions, flag_names
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +28,17 @@ def command(checkpoint):
     return build
 
 
+def on_cpu(monkeypatch):
+    for place in (module, server_options):
+        monkeypatch.setattr(place, "on_gpu", lambda: False)
+
+
 def value(command, flag):
     return command[command.index(flag) + 1]
 
 
 def test_defaults_are_safe_and_exact(command, monkeypatch):
-    monkeypatch.setattr(module, "on_gpu", lambda: False)
+    on_cpu(monkeypatch)
     built = command()
     assert built[:4] == [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]
     assert value(built, "--host") == "127.0.0.1"
@@ -78,14 +85,14 @@ def test_further_flags_pass_through_and_replace_defaults(command):
 
 
 def test_compiling_can_be_asked_for(command, monkeypatch):
-    monkeypatch.setattr(module, "on_gpu", lambda: False)
+    on_cpu(monkeypatch)
     asked = ServerOptions(extra=("--no-enforce-eager",))
     assert "--enforce-eager" not in command(extra=asked.extra)
     assert "TORCH_COMPILE_DISABLE" not in module.server_environment(asked)
     assert module.server_environment(ServerOptions())["TORCH_COMPILE_DISABLE"] == "1"
     for flags in (["-O3"], ["-O.mode=3"], ["-cc.mode=3"], ["-cc", "{}"], ["--optimization-level", "1"]):
-        assert not module.eager(ServerOptions(extra=tuple(flags))), flags
-    assert module.eager(ServerOptions(extra=("-tp", "2")))
+        assert not server_options.eager(ServerOptions(extra=tuple(flags))), flags
+    assert server_options.eager(ServerOptions(extra=("-tp", "2")))
 
 
 class TestConfigFile:
@@ -100,7 +107,7 @@ class TestConfigFile:
         return write
 
     def test_what_is_in_it_replaces_defaults(self, command, file, monkeypatch):
-        monkeypatch.setattr(module, "on_gpu", lambda: False)
+        on_cpu(monkeypatch)
         text = "served_model_name: [mine, other]\nmax-model-len: 128\nenforce-eager: false\nseed:\n"
         built = command(extra=file(text + "disable-uvicorn-access-log: false\nssl-certfile: c.pem\n"))
         replaced = ("--served-model-name", "--max-model-len", "--enforce-eager", "--disable-uvicorn-access-log")
@@ -109,7 +116,7 @@ class TestConfigFile:
         assert module.served_name(built) == "mine"
         assert value(built, "--dtype") == "float32"
         assert module.served_name(command(extra=("--served-model-name", "over", *file(text)))) == "over"
-        assert module.is_encrypted(ServerOptions(extra=file("ssl-certfile: c.pem")))
+        assert server_options.is_encrypted(ServerOptions(extra=file("ssl-certfile: c.pem")))
 
     @pytest.mark.parametrize(
         ("text", "told"),
@@ -124,12 +131,12 @@ class TestConfigFile:
     )
     def test_what_is_in_it_is_checked_like_flags(self, file, text, told):
         with pytest.raises(UsageError, match=told):
-            module.check_flags(ServerOptions(extra=file(text), dtype="float32"))
+            server_options.check_flags(ServerOptions(extra=file(text), dtype="float32"))
 
     @pytest.mark.parametrize("flags", [("--config=a.yaml",), ("--config", "a.txt"), ("--config",), ("--config",) * 4])
     def test_another_way_to_name_it_is_refused(self, flags):
         with pytest.raises(UsageError, match="--config"):
-            module.check_flags(ServerOptions(extra=flags))
+            server_options.check_flags(ServerOptions(extra=flags))
 
 
 def test_flag_names():

@@ -15,7 +15,7 @@ pytest.importorskip("prometheus_client")
 import httpx
 
 from nmm_serve.cli import serve as command
-from nmm_serve.server import ServerOptions
+from nmm_serve.server_options import ServerOptions
 from nmm_serve.serving import app, requests, run
 
 
