@@ -12,6 +12,7 @@ cores=$(getconf _NPROCESSORS_ONLN)
 threads=$((cores > 3 ? cores / 3 : 1))
 
 train() {
+    trap 'exit 143' TERM # the command in hand gets the signal too, and is let finish; the next one does not begin
     nmm-train run demo --out "$out/$1/pretrain" --set model.family="$1" ${PRETRAIN:+--set steps="$PRETRAIN"} &&
         nmm-train run demo-sft --out "$out/$1/sft" --set model.family="$1" ${SFT:+--set steps="$SFT"} \
             --set init_from="$out/$1/pretrain/final"
@@ -21,14 +22,22 @@ echo "== training: pretraining on captions and text, then fine-tuning on questio
 mkdir -p "$out"
 runs=()
 pids=()
+watcher=
+# However this script ends, everything it started does, and what trains may still save a checkpoint.
+stop() {
+    kill -TERM -- $watcher "${pids[@]/#/-}" 2>/dev/null || true
+    wait
+}
+trap stop EXIT
+set -m # each training is a process group, and can be ended with its children
 for family in $families; do
     OMP_NUM_THREADS=$threads train "$family" >"$out/$family.log" 2>&1 &
     pids+=($!)
     runs+=("$out/$family/pretrain" "$out/$family/sft")
 done
+set +m
 nmm-train watch "${runs[@]}" &
 watcher=$!
-trap 'kill "${pids[@]}" $watcher 2>/dev/null || true' EXIT
 [ -d "$out/data" ] || nmm-train data builtin "$out/data" --split test --images "$images" --jitter 2 --max-objects 3
 for family in $families; do
     wait "${pids[0]}" || {
