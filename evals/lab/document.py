@@ -59,7 +59,7 @@ def new_document(groups: Sequence[Group], load: Load, files: Sequence[Path], see
 
 def take_up(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
     """The document at `path` for a run that would begin with `fresh`. What is in it stays; models that did not open
-    in an unfinished run are tried again.
+    in an unfinished run are tried again, and so is the cell in which its last model broke off.
 
     Raises DataError when it was measured otherwise.
     """
@@ -71,10 +71,17 @@ def take_up(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
                 "measure all anew"
             )
     closed = {(run["group"], run["engine"]) for run in (*found["runs"], *found["training"]) if run["final"]}
+    measured = {
+        (run["group"], run["engine"], name(cell))
+        for section, name in (("runs", cell_name), ("training", training_cell_name))
+        for run in found[section]
+        for cell in run["cells"]
+    }
     found["failures"] = [
         failure
         for failure in found["failures"]
-        if (failure["group"], failure["engine"]) in closed or failure["cell"] is not None
+        if (failure["group"], failure["engine"]) in closed
+        or (failure["group"], failure["engine"], failure["cell"]) in measured
     ]
     return found | {"final": False}
 
@@ -98,6 +105,10 @@ def cell_name(cell: dict[str, Any]) -> str:
     if cell["varies"] is None:
         return f"{cell['resolution']} px, concurrency {cell['concurrency']}"
     return f"{cell['varies']} {cell['workload'][SWEEPS[cell['varies']]]}"
+
+
+def training_cell_name(cell: dict[str, Any]) -> str:
+    return f"resolution {cell['resolution']}"
 
 
 def results(document: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:

@@ -1,6 +1,7 @@
 """Models side by side: every size with every engine, one after the other, and what training costs.
 
-What fails is named and left out; the rest goes on. The document at `out` is up to date after each cell.
+What fails is named and left out; the rest goes on. A run whose models have all ended stays unfinished, for --resume.
+The document at `out` is up to date after each cell.
 """
 
 import itertools
@@ -14,7 +15,7 @@ from typing import Any
 from nmm_serve.errors import EngineError, NMMError
 from nmm_serve.evals.lab import ledger, resources
 from nmm_serve.evals.lab.contenders import Contender, Group, check_equal
-from nmm_serve.evals.lab.document import cell_name, keep, new_document, take_up
+from nmm_serve.evals.lab.document import cell_name, keep, new_document, take_up, training_cell_name
 from nmm_serve.evals.lab.interleave import cells, interleave
 from nmm_serve.evals.lab.process import told
 from nmm_serve.evals.lab.training import BATCH, Trainee, measure_steps
@@ -91,15 +92,18 @@ class Comparison:
 
     def close_cell(
         self, section: str, run: dict[str, Any], group: Group, cell: dict[str, Any], name: str, models: list[Any]
-    ) -> None:
-        """Put a measured cell into the document; models whose process has ended leave `models`."""
+    ) -> bool:
+        """Put a measured cell into the document; models whose process has ended leave `models`. False when none is
+        left: a cell that gave nothing is then not put in, and like those after it waits to be taken up."""
         for failure in cell.pop("failures"):
             self.fail(group, run["engine"], failure["model"], name, failure["error"])
         models[:] = [model for model in models if model.alive]
-        run["cells"].append(cell)
+        if cell["results"] or models:
+            run["cells"].append(cell)
         if not any(run is known for known in self.document[section]):
             self.document[section].append(run)
         self.keep()
+        return bool(models)
 
     def close_run(
         self, run: dict[str, Any], group: Group, models: list[Any], costs: Callable[[Any], dict[str, Any]]
@@ -142,7 +146,8 @@ class Comparison:
                     workers, cell, self.load, numbers, baseline=group.baseline, image_size=group.image_size,
                     seed=self.seed, reason=UNSEEN.get(engine), progress=progress,
                 )  # fmt: skip
-                self.close_cell("runs", run, group, measured, cell_name(measured), workers)
+                if not self.close_cell("runs", run, group, measured, cell_name(measured), workers):
+                    break
             by_name = {contender.name: contender for contender in group.contenders}
 
             def costs(worker: Worker) -> dict[str, Any]:
@@ -174,7 +179,8 @@ class Comparison:
                     trainees, resolution, rounds, warmup, numbers, baseline=group.baseline,
                     image_size=group.image_size, seed=self.seed, progress=progress,
                 )  # fmt: skip
-                self.close_cell("training", run, group, cell, f"resolution {cell['resolution']}", trainees)
+                if not self.close_cell("training", run, group, cell, training_cell_name(cell), trainees):
+                    break
 
             def costs(trainee: Trainee) -> dict[str, Any]:
                 return {"model": trainee.name, "settings": trainee.about, "memory": trainee.memory()}
@@ -218,7 +224,7 @@ def compare(
             comparison.run(group, engine)
         if training:
             comparison.train(group)
-    document["final"] = True
+    document["final"] = all(run["final"] for run in (*document["runs"], *document["training"]))
     comparison.keep()
     return document
 

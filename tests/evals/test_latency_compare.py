@@ -113,14 +113,14 @@ class Opened(Fragile):
 
 @pytest.fixture
 def compare(checkpoints, tmp_path, monkeypatch):
-    """Compare two checkpoints with fakes that break off at request `last` of the late one; gives the document."""
+    """Compare two checkpoints with fakes; those `broken` break off at request `last`. Gives the document."""
     out, log = tmp_path / "r.json", []
     monkeypatch.setattr(interleave, "SETTLE_S", 0)
     monkeypatch.setattr(versus, "measured_costs", lambda contender, *_: {"model": contender.name})
 
-    def run(last=None, **options):
+    def run(last=None, broken=("late",), **options):
         def start(name, *_args, **_kwargs):
-            return Opened(name, 1.0 if name == "early" else 2.0, log, last if name == "late" else None)
+            return Opened(name, 1.0 if name == "early" else 2.0, log, last if name in broken else None)
 
         monkeypatch.setattr(versus, "Worker", start)
         load = Load(concurrencies=(1, 2), requests=2, warmup=1, output_tokens=3, sweep=(("resolution", (32,)),))
@@ -142,6 +142,22 @@ def test_finished_cells_outlive_a_broken_one(compare):
         ["early", "late"], ["early"], ["early"],
     ]  # fmt: skip
     assert document.failed(found) == ["tiny torch late, 64 px, concurrency 2: its process is gone"]
+
+
+@pytest.mark.parametrize(("last", "measured"), [(0, 0), (4, 1)])
+def test_what_no_model_was_left_for_is_measured_on_resume(compare, tmp_path, last, measured):
+    whole = compare()
+    left = compare(last, broken=("early", "late"))
+    assert (left["final"], left["runs"][0]["final"], len(left["runs"][0]["cells"])) == (False, False, measured)
+    assert [failure["model"] for failure in left["failures"]] == ["early", "late"]
+    assert document.load_comparison(compare.out) == left
+    assert "**Not final" in write_page(left, [], tmp_path / "page").read_text()
+    resumed = compare(resume=True)
+    assert resumed["final"]
+    assert resumed["failures"] == []
+    assert [cell["ratios"] for cell in resumed["runs"][0]["cells"]] == [
+        cell["ratios"] for cell in whole["runs"][0]["cells"]
+    ]
 
 
 def test_an_interrupted_comparison_is_taken_up(compare, monkeypatch):
