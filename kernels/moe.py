@@ -64,7 +64,7 @@ class Routing(NamedTuple):
     """Which experts each token visits."""
 
     weight_TK: torch.Tensor
-    """fp32, differentiable."""
+    """In the scores' type, differentiable."""
     expert_TK: torch.Tensor
     """int32."""
     count_BE: torch.Tensor
@@ -83,7 +83,7 @@ def route(
     """Choose the `top_k` experts of each token.
 
     Args:
-        score: over all experts, in fp32, before the choice.
+        score: over all experts, in fp32 (fp64 for fp64 logits on a CPU), before the choice.
         renormalize: divide the chosen weights by their sum.
         counted_T: bool; tokens that the statistics count (padding should not). All tokens are routed.
 
@@ -98,6 +98,10 @@ def route(
         raise ValueError(
             f"counted_T must be {logits_TE.shape[0]} bools, not {list(counted_T.shape)} of {counted_T.dtype}"
         )
+    if logits_TE.dtype == torch.float64 and moe_ops.on_triton(logits_TE):
+        logits_TE = logits_TE.float()  # the kernels score in fp32
+    if counted_T is not None:
+        counted_T = counted_T.contiguous()
     weight_TK, expert_TK, count_BE, stat_BS = moe_ops.route(
         logits_TE.contiguous(), counted_T, top_k, score == "sigmoid", renormalize
     )

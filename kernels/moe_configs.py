@@ -42,6 +42,9 @@ class Device:
     processors: int
     shared_bytes: int
     """Of one program, at most."""
+    tma: bool
+    """Whether it reads tiles through tensor descriptors by itself. Where it does not, Triton makes pointers of them, of
+    which it no longer knows that they are aligned: numbers would be read one by one, without a pipeline."""
 
 
 @lru_cache(maxsize=4096)

@@ -40,6 +40,11 @@ def _launch(fake: Callable) -> Callable:
     return getattr(torch.ops.nmm_serve, name)
 
 
+def on_triton(x: torch.Tensor) -> bool:
+    """Whether the kernels compute with it, and not the eager functions."""
+    return x.device.type == "cuda" or INTERPRETED
+
+
 def _score_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
@@ -137,8 +142,7 @@ def _expert_mlp(
     T, K = expert_TK.shape
     if T == 0:
         return torch.empty_like(x_TD), *_saved(x_TD, expert_TK, count_BE, gate_up_E2FD, training)
-    on_gpu = x_TD.device.type == "cuda" or INTERPRETED
-    if on_gpu and not training and T <= DECODE_TOKENS:
+    if on_triton(x_TD) and not training and T <= DECODE_TOKENS:
         slot_ND = decode_down(decode_up(x_TD, gate_up_E2FD, expert_TK, weight_TK), down_EDF, expert_TK)
         y_TD = slot_ND if K == 1 else combine(slot_ND, K)
         return y_TD, *_saved(x_TD, expert_TK, count_BE, gate_up_E2FD, training)
@@ -170,23 +174,39 @@ def _expert_mlp_backward(
     pre_N2F: torch.Tensor,
     order_N: torch.Tensor,
     offset_E1: torch.Tensor,
+    needs: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, weight, gate_up and down. The activation is computed again from the pre-activation."""
+    """Gradients of x, weight, gate_up and down. The activation is computed again from the pre-activation.
+
+    `needs`: whether those of x, gate_up and down are wanted. One that is not is empty and costs nothing.
+    """
     T, K = weight_TK.shape
     if T == 0:
-        zeros = torch.zeros_like
-        return zeros(x_TD), zeros(weight_TK), zeros(gate_up_E2FD), zeros(down_EDF)
+        return _gradients(torch.zeros_like, x_TD, weight_TK, gate_up_E2FD, down_EDF, needs)
+    needs_x, needs_gate_up, needs_down = needs
+    dx_TD, dgate_up_E2FD, ddown_EDF = (t.new_empty(0) for t in (x_TD, gate_up_E2FD, down_EDF))
     dy_TD = dy_TD.contiguous()
     dpre_N2F, weighted_act_NF, dweight_TK = down_backward(dy_TD, down_EDF, pre_N2F, order_N, offset_E1, weight_TK)
-    ddown_EDF = down_weight_grad(dy_TD, weighted_act_NF, order_N, offset_E1, K)
+    if needs_down:
+        ddown_EDF = down_weight_grad(dy_TD, weighted_act_NF, order_N, offset_E1, K)
     del weighted_act_NF
-    dgate_up_E2FD = up_weight_grad(dpre_N2F, x_TD, order_N, offset_E1, K)
-    dslot_ND = up_backward(dpre_N2F, gate_up_E2FD, order_N, offset_E1)
-    return dslot_ND if K == 1 else combine(dslot_ND, K), dweight_TK, dgate_up_E2FD, ddown_EDF
+    if needs_gate_up:
+        dgate_up_E2FD = up_weight_grad(dpre_N2F, x_TD, order_N, offset_E1, K)
+    if needs_x:
+        dslot_ND = up_backward(dpre_N2F, gate_up_E2FD, order_N, offset_E1)
+        dx_TD = dslot_ND if K == 1 else combine(dslot_ND, K)
+    return dx_TD, dweight_TK, dgate_up_E2FD, ddown_EDF
 
 
-def _expert_mlp_backward_fake(dy_TD, x_TD, weight_TK, gate_up_E2FD, down_EDF, pre_N2F, order_N, offset_E1):
-    return tuple(torch.empty_like(t) for t in (x_TD, weight_TK, gate_up_E2FD, down_EDF))
+def _gradients(like: Callable, x_TD, weight_TK, gate_up_E2FD, down_EDF, needs: list[bool]):
+    """What the backward pass returns, filled as `like` fills."""
+    wanted = (needs[0], True, *needs[1:])
+    tensors = (x_TD, weight_TK, gate_up_E2FD, down_EDF)
+    return tuple(like(t) if want else t.new_empty(0) for t, want in zip(tensors, wanted, strict=True))
+
+
+def _expert_mlp_backward_fake(dy_TD, x_TD, weight_TK, gate_up_E2FD, down_EDF, pre_N2F, order_N, offset_E1, needs):
+    return _gradients(torch.empty_like, x_TD, weight_TK, gate_up_E2FD, down_EDF, needs)
 
 
 for _name, _function, _fake in (
@@ -199,6 +219,14 @@ for _name, _function, _fake in (
 expert_mlp = torch.ops.nmm_serve.expert_mlp
 
 
+def _only_once() -> None:
+    """Autograd would take what a kernel gives for a constant, and second derivatives would be silently wrong."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the experts layer has no double backward: call backward() or autograd.grad() without create_graph=True"
+        )
+
+
 def _save_route(ctx, inputs, output):
     logits_TE, counted_T, _, ctx.sigmoid, ctx.renormalize = inputs
     weight_TK, expert_TK, _, stat_BS = output
@@ -208,6 +236,7 @@ def _save_route(ctx, inputs, output):
 
 
 def _backward_route(ctx, dweight_TK, _dexpert, _dcount, dstat_BS):
+    _only_once()
     logits_TE, expert_TK, counted_T = ctx.saved_tensors
     dtype = _score_dtype(logits_TE)
     if dweight_TK is None:
@@ -226,9 +255,12 @@ def _save_expert_mlp(ctx, inputs, output):
 
 
 def _backward_expert_mlp(ctx, dy_TD, _dpre, _dorder, _doffset):
+    _only_once()
     if dy_TD is None:
         return (None,) * 7
-    dx, dweight, dgate_up, ddown = torch.ops.nmm_serve.expert_mlp_backward(dy_TD, *ctx.saved_tensors)
+    needs = [ctx.needs_input_grad[i] for i in (0, 4, 5)]
+    dx, dweight, *others = torch.ops.nmm_serve.expert_mlp_backward(dy_TD, *ctx.saved_tensors, needs)
+    dx, dgate_up, ddown = (grad if need else None for grad, need in zip((dx, *others), needs, strict=True))
     return dx, dweight, None, None, dgate_up, ddown, None
 
 

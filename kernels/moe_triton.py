@@ -26,23 +26,27 @@ def _pow2(n: int) -> int:
 
 @lru_cache
 def _device(index: int | None) -> moe_configs.Device:
-    """The interpreter has no device; a few processors make programs loop there too."""
+    """The interpreter has no device; two processors make programs loop there too."""
     if index is None:
-        return moe_configs.Device("interpreter", processors=4, shared_bytes=232448)
+        return moe_configs.Device("interpreter", processors=2, shared_bytes=232448, tma=True)
     properties = torch.cuda.get_device_properties(index)
     shared_bytes = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
-    return moe_configs.Device(properties.name, properties.multi_processor_count, shared_bytes)
+    tma = torch.version.hip is None and (properties.major, properties.minor) >= (9, 0)
+    return moe_configs.Device(properties.name, properties.multi_processor_count, shared_bytes, tma)
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """fp32 products follow torch's own switch; other types ignore it."""
-    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if exact else "tf32"
+    """fp32 products follow torch's own switch; other types ignore it. Every way to set the switch shows here, whereas
+    `get_float32_matmul_precision` refuses to answer once the newer ways were used."""
+    fast = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if fast else "ieee"
 
 
 def _tma(*tensors: torch.Tensor) -> bool:
-    """Whether TMA can read all of them: 16-byte rows and base."""
-    return all(t.numel() and (t.shape[-1] * t.element_size()) % 16 == 0 and t.data_ptr() % 16 == 0 for t in tensors)
+    """Whether the device has TMA and it can read all of them: 16-byte rows and base."""
+    return _device(tensors[0].device.index).tma and all(
+        t.numel() and (t.shape[-1] * t.element_size()) % 16 == 0 and t.data_ptr() % 16 == 0 for t in tensors
+    )
 
 
 def _weight(w: torch.Tensor, block_row: int, block_col: int, tma: bool) -> Any:

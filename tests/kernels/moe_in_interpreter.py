@@ -3,14 +3,30 @@ is imported. No bf16 here: the interpreter computes it wrong."""
 
 import torch
 from moe_cases import CASES, check
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nmm_serve.kernels import moe_ops
+from nmm_serve.kernels import moe_ops, moe_triton
 from nmm_serve.kernels.moe import expert_mlp, moe_mlp, route
 
 assert moe_ops.INTERPRETED
+
+# programs that take several tiles each, one after the other
+rounds = set()
+programs = moe_triton._programs
+
+
+def noted(tiles, config, device):
+    grid = programs(tiles, config, device)
+    rounds.add((config["per_sm"] > 0, tiles // grid[0]))
+    return grid
+
+
+moe_triton._programs = noted
 for dtype in (torch.float32, torch.float16):
     for case in CASES:
         check(case, dtype, "cpu")
+
+assert max(tiles for persistent, tiles in rounds if persistent) > 1
 
 # a router that has gone wrong gives wrong numbers, not wild addresses, and says so by NaN
 logits = torch.full((3, 4), float("nan"))
@@ -28,4 +44,15 @@ assert torch.equal(
     expert_mlp(x, routing.weight_TK, routing.expert_TK, gate_up, down),
     expert_mlp(x, routing.weight_TK, routing.expert_TK, gate_up, down, count_BE=routing.count_BE),
 )
+
+# a mask may be a view
+counted = torch.zeros(70, 2, dtype=torch.bool)
+counted[:, 0] = True
+assert int(route(logits, 2, counted_T=counted[:, 0]).stats.num_tokens) == 70
+assert int(route(logits, 2, counted_T=counted[:1, 0].expand(70)).stats.num_tokens) == 70
+
+# what torch.compile expects of fp64 logits is what the kernels give
+with FakeTensorMode():
+    expected = route(torch.empty(70, 4, dtype=torch.float64), 2).weight_TK.dtype
+assert route(logits.double(), 2).weight_TK.dtype == expected == torch.float32
 print("ok")

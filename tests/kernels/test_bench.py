@@ -418,7 +418,7 @@ def test_tuned_tiles_are_used_and_written_and_those_that_lose_are_not(monkeypatc
     assert json.loads(path.read_text()) == table
     (entry,) = table["tuned"]
     assert entry["config"] == better
-    fake = moe_configs.Device("fake", processors=1, shared_bytes=1 << 20)
+    fake = moe_configs.Device("fake", processors=1, shared_bytes=1 << 20, tma=True)
     assert moe_configs.config("decode_up", 16, 24, "fp32", fake) == better
     assert moe_configs.config("decode_up", 16, 25, "fp32", fake) == default
     moe_configs.config.cache_clear()

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -150,11 +152,59 @@ def test_operators_pass_opcheck():
         "up_weight_grad": (dpre, x, order, offset, top_k),
         "down_weight_grad": (x, wact, order, offset, top_k),
         "expert_mlp": (x, weight, expert, count, gate_up, down, False),
-        "expert_mlp_backward": (x, x, weight, gate_up, down, pre, order, offset),
+        "expert_mlp_backward": (x, x, weight, gate_up, down, pre, order, offset, [True, True, True]),
     }
     for name, args in launches.items():  # these have no gradient, so what is left to check is schema and shapes
         operator = getattr(torch.ops.nmm_serve, name).default
         torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
+    frozen = (*launches["expert_mlp_backward"][:-1], [False, True, False])
+    operator = torch.ops.nmm_serve.expert_mlp_backward.default
+    torch.library.opcheck(operator, frozen, test_utils=("test_schema", "test_faketensor"))
+    frozen_weights = (x.clone().requires_grad_(), weight, expert, count, gate_up, down, True)
+    torch.library.opcheck(torch.ops.nmm_serve.expert_mlp.default, frozen_weights)
+
+
+def test_gradients_that_nobody_wants_are_not_computed(monkeypatch):
+    launched = []
+    for name in ("up_backward", "up_weight_grad", "down_weight_grad"):
+        launch = getattr(moe_ops, name)
+        monkeypatch.setattr(
+            moe_ops, name, lambda *args, name=name, launch=launch: launched.append(name) or launch(*args)
+        )
+
+    def gradients(*wanted, T=11):
+        tensors = [t.requires_grad_(name in wanted) for t, name in zip(leaves(T), "xlgd", strict=True)]
+        launched.clear()
+        moe_mlp(*tensors, top_k=2)[0].sum().backward()
+        return [t.grad for t in tensors]
+
+    everything = gradients(*"xlgd")
+    assert launched == ["down_weight_grad", "up_weight_grad", "up_backward"]
+    for wanted, needed in (("xl", ["up_backward"]), ("g", ["up_weight_grad"]), ("d", ["down_weight_grad"]), ("l", [])):
+        for name, grad, expected in zip("xlgd", gradients(*wanted), everything, strict=True):
+            torch.testing.assert_close(grad, expected if name in wanted else None, rtol=0, atol=0)
+        assert launched == needed
+    assert [grad is None for grad in gradients("d", T=0)] == [True, True, True, False]
+
+
+def test_double_backward_is_refused():
+    x, logits, gate_up, down = leaves()
+    frozen_router = moe_mlp(x, logits.detach(), gate_up, down, top_k=2)[0].sum()
+    for loss, leaf in ((frozen_router, x), (route(logits, 2).stats.z_loss(), logits)):
+        with pytest.raises(RuntimeError, match="no double backward: .* without create_graph=True"):
+            torch.autograd.grad(loss, leaf, create_graph=True)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_computes_the_layer_again(reentrant):
+    plain, recomputed = leaves(), leaves()
+    moe_mlp(*plain, top_k=2)[0].square().sum().backward()
+    layer = partial(moe_mlp, top_k=2)
+    torch.utils.checkpoint.checkpoint(
+        lambda *tensors: layer(*tensors)[0], *recomputed, use_reentrant=reentrant
+    ).square().sum().backward()
+    for ours, expected in zip(recomputed, plain, strict=True):
+        torch.testing.assert_close(ours.grad, expected.grad)
 
 
 def test_torch_compile_keeps_one_graph_and_the_same_gradients_for_every_length():

@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,8 +134,8 @@ def test_regimes(slots, regime):
     assert moe_configs.grouped_regime(slots, 8, torch.float32) == "fp32"
 
 
-GPU = moe_configs.Device("GPU", processors=132, shared_bytes=232448)
-OTHER = moe_configs.Device("other", processors=128, shared_bytes=101376)
+GPU = moe_configs.Device("GPU", processors=132, shared_bytes=232448, tma=True)
+OTHER = moe_configs.Device("other", processors=128, shared_bytes=101376, tma=False)
 
 
 @pytest.mark.parametrize("kernel", sorted({kernel for kernel, _, _ in CONFIGS}))
@@ -144,6 +146,30 @@ def test_smaller_gpus_get_fewer_stages(kernel, tools, tmp_path, monkeypatch):
     assert compiled.shared_bytes <= OTHER.shared_bytes
     assert "UTMALDG" not in compiled.sass
     assert compiled.count("HMMA") > 0
+    assert compiled.count("LDGSTS") > 0, "no loads under way while the tensor cores work"
+    assert compiled.count(r"LDG\.E\.U16") == 0, "tiles are read number by number"
+
+
+@pytest.mark.parametrize(
+    ("capability", "tma"), [((8, 0), False), ((8, 9), False), ((9, 0), True), ((10, 0), True), ((12, 0), True)]
+)
+def test_tma_from_hopper_on(capability, tma, monkeypatch):
+    properties = SimpleNamespace(name="GPU", multi_processor_count=100, major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    utils = SimpleNamespace(get_device_properties=lambda index: {"max_shared_mem": 101376})
+    monkeypatch.setattr(moe_triton.triton.runtime.driver, "_active", SimpleNamespace(utils=utils))
+    assert moe_triton._device.__wrapped__(0) == moe_configs.Device("GPU", 100, 101376, tma)
+
+
+def test_fp32_follows_every_switch_of_torch():
+    code = (
+        "import torch; from nmm_serve.kernels.moe_triton import _precision as p; f = torch.float32; print(p(f)); "
+        "torch.set_float32_matmul_precision('high'); print(p(f), p(torch.bfloat16)); "
+        "torch.set_float32_matmul_precision('highest'); print(p(f)); "
+        "torch.backends.cuda.matmul.fp32_precision = 'none'; torch.backends.fp32_precision = 'tf32'; print(p(f))"
+    )
+    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert run.stdout.split() == ["ieee", "tf32", "ieee", "ieee", "tf32"], run.stderr[-2000:]
 
 
 def test_a_measured_tile_is_used_for_just_what_was_measured(monkeypatch):
@@ -164,6 +190,16 @@ def test_a_measured_tile_is_used_for_just_what_was_measured(monkeypatch):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_numbers_on_a_gpu(case, dtype):
     check(case, dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_programs_that_take_several_tiles_each_on_a_gpu(dtype, monkeypatch):
+    real = moe_triton._device
+    monkeypatch.setattr(moe_triton, "_device", lambda index: replace(real(index), processors=2))
+    for case in CASES:
+        if case.pattern == "skewed":
+            check(case, dtype, "cuda")
 
 
 def gpu_layer(T=200, dtype=torch.bfloat16):
