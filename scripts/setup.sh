@@ -6,12 +6,21 @@ venv=.venv
 stamp=$venv/.setup-done
 python=${PYTHON:-python3}
 
-if [ ! -x $venv/bin/python ]; then
+# Also where a set-up was cut short before there was pip, or the Python that it was made with has gone.
+if ! $venv/bin/python -m pip --version >/dev/null 2>&1; then
+    # another tool's environment may have no pip, and is not ours to clear; a folder without a file is the very beginning
+    if [ -n "$(find $venv/ -type f -print -quit 2>/dev/null)" ] && ! grep -qs '^command = .* -m venv ' $venv/pyvenv.cfg; then
+        echo "$venv is in the way: it has no working pip, and python -m venv did not make it. Move it away" >&2
+        exit 1
+    fi
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
         echo "Python 3.11 or newer is needed; $("$python" --version) was found. Set PYTHON=/path/to/python3.11" >&2
         exit 1
     }
-    "$python" -m venv $venv
+    "$python" -m venv --clear $venv || {
+        echo "$python -m venv failed. Debian, Ubuntu: apt install python3-venv; then run this again" >&2
+        exit 1
+    }
 fi
 
 wanted=$(cat pyproject.toml scripts/setup.sh | cksum)
