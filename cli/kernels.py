@@ -55,6 +55,7 @@ def bench(
     from nmm_serve.errors import EngineError
     from nmm_serve.evals.records import check_place
     from nmm_serve.kernels.bench.device import CpuDevice, CudaDevice, Device
+    from nmm_serve.kernels.bench.measure import DeviceLost
     from nmm_serve.kernels.bench.plan import REGIMES, SHAPES, TINY, TINY_REGIMES, cells
     from nmm_serve.kernels.bench.run import run
 
@@ -89,12 +90,28 @@ def bench(
 
             minutes /= 2
             todo = jobs([known[name] for name in names], list(chosen))
-            tuned = tune(todo, place, dtype, minutes, progress=shown(len(todo)))
-        with quiet_stdout():  # some peers talk
-            found = run(plan, place, dtype, minutes, progress=shown(len(plan)))
+            try:
+                tuned = tune(todo, place, dtype, minutes, progress=shown(len(todo)))
+            except DeviceLost as error:
+                raise EngineError(
+                    f"{error}; the tiles found until then are in the table: run the command again"
+                ) from error
+
+        def keep(found: dict[str, Any]) -> None:
+            if out is not None:
+                write(describe(found | {"tuned": tuned}), out)
+
+        try:
+            with quiet_stdout():  # some peers talk
+                found = run(plan, place, dtype, minutes, progress=shown(len(plan)), keep=keep)
+        except torch.OutOfMemoryError as error:
+            raise EngineError(
+                f"{place.name} has too little free memory to be measured (about 3 GB): end what else runs on it"
+            ) from error
     record = describe(found | {"tuned": tuned})
     if out is not None:
         write(record, out)
+        note(f"Record: {out}")
     if as_json:
         print_json(record)
     else:
@@ -171,7 +188,6 @@ def write(record: dict[str, Any], out: Path) -> None:
     from nmm_serve.evals.records import write_text
 
     write_text(out, json.dumps(record, indent=2, allow_nan=False) + "\n")
-    note(f"Record: {out}")
 
 
 def show(record: dict[str, Any]) -> None:

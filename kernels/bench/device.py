@@ -68,8 +68,12 @@ class CudaDevice:
 
     def capture(self, function: Pass) -> Pass | None:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            function()
+        stream = torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph):
+                function()
+        finally:  # when the capture fails, torch leaves its stream in place
+            torch.cuda.set_stream(stream)
         return graph.replay
 
     def reset_peak(self) -> None:

@@ -40,17 +40,29 @@ def make_copies(shape: Shape, device: Device, dtype: torch.dtype, requires_grad:
 
     E, D, width = shape.experts, shape.hidden, shape.intermediate
     first = Weights(draw(E, 2 * width, D), draw(E, D, width))
-    num_bytes = E * shape.weights * first.down.element_size()
-    count = max(2, math.ceil(CACHE_MULTIPLE * device.cache_bytes / num_bytes) + 1)
     others = [
         Weights(*(w.detach().clone().requires_grad_(requires_grad) for w in (first.gate_up, first.down)))
-        for _ in range(count - 1)
+        for _ in range(num_copies(shape, device, dtype) - 1)
     ]
     return [first, *others]
 
 
+def num_copies(shape: Shape, device: Device, dtype: torch.dtype) -> int:
+    num_bytes = shape.experts * shape.weights * dtype.itemsize
+    return max(2, math.ceil(CACHE_MULTIPLE * device.cache_bytes / num_bytes) + 1)
+
+
 class DeviceLost(RuntimeError):
     """A kernel failed in a way that the device does not recover from."""
+
+
+def raise_if_lost(device: Device, peer: Peer, error: Exception) -> None:
+    """The device alone knows whether an error was its end: one kind of exception tells of kernels that were built for
+    another GPU as well as of crashes, and crashes come as many kinds. Raises DeviceLost."""
+    try:
+        device.synchronize()
+    except Exception:
+        raise DeviceLost(f"{peer.name} took the device down: {first_line(error)}") from error
 
 
 @dataclass
@@ -121,17 +133,22 @@ def measure_cell(
     for entry in entries:
         try:
             prepare(entry, cell, copies, device, expected)
-        except torch.AcceleratorError as error:  # nothing runs on the device in this process any more
-            raise DeviceLost(f"{entry.peer.name} took the device down: {first_line(error)}") from error
+        except DeviceLost:
+            raise
         except Exception as error:  # other people's code: anything may be raised, and the others go on
-            entry.reason = first_line(error)
-            entry.passes.clear()
+            give_up(entry, error, device)
     running = [(entry, mode) for entry in entries for mode in entry.passes]
     deadline = now() + budget_s
     for number in range(MOST_ROUNDS):
         for entry, mode in running:
-            sample = device.elapsed(entry.passes[mode]) / len(copies)
-            entry.samples.setdefault(mode, []).append(sample)
+            if mode not in entry.passes:
+                continue
+            try:
+                sample = device.elapsed(entry.passes[mode]) / len(copies)
+            except Exception as error:
+                give_up(entry, error, device)
+            else:
+                entry.samples.setdefault(mode, []).append(sample)
         if now() >= deadline and number + 1 >= LEAST_ROUNDS:
             break
     clock_mhz = device.clock_mhz()  # at once, while it is still what the load made of it
@@ -144,6 +161,14 @@ def measure_cell(
                      "bound": roofline.bound(least)},
         "results": results, **compare(results),
     }  # fmt: skip
+
+
+def give_up(entry: Entry, error: Exception, device: Device) -> None:
+    """Go on without this peer. Raises DeviceLost where nobody can go on."""
+    raise_if_lost(device, entry.peer, error)
+    entry.reason = first_line(error)
+    entry.passes.clear()
+    entry.samples.clear()
 
 
 class Expected:
@@ -227,6 +252,7 @@ def prepare(entry: Entry, cell: Cell, copies: Sequence[Weights], device: Device,
             device.synchronize()
             entry.passes["graph"] = captured
     except Exception as error:
+        raise_if_lost(device, peer, error)
         entry.graph_reason = first_line(error)
 
 

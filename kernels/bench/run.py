@@ -16,9 +16,10 @@ from nmm_serve.kernels.bench.measure import (
     DeviceLost,
     make_copies,
     measure_cell,
+    num_copies,
 )
 from nmm_serve.kernels.bench.peers import PEERS, Peer, Weights
-from nmm_serve.kernels.bench.plan import Cell
+from nmm_serve.kernels.bench.plan import Cell, router_logits, work
 
 SHARE_TIMED = 0.5
 """Of a cell's time; the other half is for building, checking and warming up."""
@@ -49,11 +50,17 @@ def run(
     peers: Sequence[Peer] = PEERS,
     progress: Callable[[int, str], None] = lambda done, label: None,
     now: Callable[[], float] = time.monotonic,
+    keep: Callable[[dict[str, Any]], None] = lambda found: None,
 ) -> dict[str, Any]:
-    """Measure the cells in order while there is time for one more as slow as the last. Those that were not
-    reached are named in the result.
+    """Measure the cells in order while there is time for one more as slow as the last. One that would surely take
+    longer than what is left is left out. Those that were not reached are named in the result.
 
     Each cell gets an equal part of the time that is left; what one does not use goes to those after it.
+
+    Args:
+        keep: given the result so far after each cell, with `finished` false.
+
+    Raises torch.OutOfMemoryError when there is no memory even to measure the device.
     """
     begin = now()
     deadline = begin + 60 * minutes
@@ -62,6 +69,21 @@ def run(
     skipped: list[str] = []
     copies: list[Weights] = []
     made_for, last = None, 0.0
+
+    def found(to_come: Sequence[Cell], finished: bool) -> dict[str, Any]:
+        return {
+            "finished": finished,
+            "device": {"kind": device.kind, "name": device.name, "cache_bytes": device.cache_bytes},
+            "dtype": str(dtype).removeprefix("torch."),
+            "definitions": DEFINITIONS,
+            "roofline": ceiling.as_dict(),
+            "minutes": {"allowed": minutes, "taken": (now() - begin) / 60},
+            "peers": {peer.name: presence(peer, measured) for peer in peers},
+            "cells": list(measured),
+            "not_measured": skipped + [cell.label for cell in to_come],
+            "geometric_mean": geometric_means(measured),
+        }
+
     for index, cell in enumerate(cells):
         start = now()
         left = deadline - start
@@ -69,13 +91,17 @@ def run(
         if left <= last:
             skipped += [later.label for later in cells[index:]]
             break
+        needed = least_seconds(cell, measured, ceiling, device, dtype)
+        if needed > left:
+            skipped.append(f"{cell.label}: would take over {needed:.0f} s, {left:.0f} s were left")
+            continue
         training = cell.regime == "train"
-        if made_for != (cell.shape, training):
-            copies = []
-            device.free()
-            copies, made_for = make_copies(cell.shape, device, dtype, training), (cell.shape, training)
         budget = SHARE_TIMED * left / (len(cells) - index)
         try:
+            if made_for != (cell.shape, training):
+                copies, made_for = [], None
+                device.free()
+                copies, made_for = make_copies(cell.shape, device, dtype, training), (cell.shape, training)
             measured.append(measure_cell(cell, peers, copies, device, ceiling, budget, now))
         except torch.OutOfMemoryError:
             skipped.append(f"{cell.label}: the device has too little memory")
@@ -84,18 +110,25 @@ def run(
             break  # what was measured until now is worth a record
         device.free()
         last = now() - start
+        keep(found(cells[index + 1 :], finished=False))
     progress(len(cells), "")
-    return {
-        "device": {"kind": device.kind, "name": device.name, "cache_bytes": device.cache_bytes},
-        "dtype": str(dtype).removeprefix("torch."),
-        "definitions": DEFINITIONS,
-        "roofline": ceiling.as_dict(),
-        "minutes": {"allowed": minutes, "taken": (now() - begin) / 60},
-        "peers": {peer.name: presence(peer, measured) for peer in peers},
-        "cells": measured,
-        "not_measured": skipped,
-        "geometric_mean": geometric_means(measured),
-    }
+    return found([], finished=True)
+
+
+def least_seconds(
+    cell: Cell, measured: Sequence[dict[str, Any]], ceiling: roofline.Roofline, device: Device, dtype: torch.dtype
+) -> float:
+    """The least that timing a cell takes: as many rounds as there must be, at the best pace that its regime has shown
+    yet; before it has shown any, at the roofline's, for one peer."""
+    logits_TE = router_logits(cell, device.kind, torch.Generator(device.kind).manual_seed(1))
+    ideal_s = ceiling.seconds(work(cell, logits_TE, dtype.itemsize))
+    paces = [
+        sum(result[mode]["median_s"] for result in known["results"] for mode in ("eager", "graph") if mode in result)
+        / known["roofline"]["seconds"]
+        for known in measured
+        if known["regime"] == cell.regime
+    ]
+    return LEAST_ROUNDS * num_copies(cell.shape, device, dtype) * ideal_s * min(paces, default=1.0)
 
 
 def presence(peer: Peer, cells: Sequence[dict[str, Any]]) -> str:

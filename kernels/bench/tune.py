@@ -16,7 +16,7 @@ import torch
 
 from nmm_serve.kernels import moe_configs
 from nmm_serve.kernels.bench.device import Device
-from nmm_serve.kernels.bench.measure import Entry, Expected, make_copies, prepare
+from nmm_serve.kernels.bench.measure import DeviceLost, Entry, Expected, make_copies, prepare, raise_if_lost
 from nmm_serve.kernels.bench.peers import OURS, PEERS, Weights
 from nmm_serve.kernels.bench.plan import ROUTINGS, Cell, Shape, router_logits
 
@@ -99,7 +99,10 @@ def tune(
     now: Callable[[], float] = time.monotonic,
 ) -> list[dict[str, Any]]:
     """Tune one kernel after the other, each with an equal part of the time that is left, and write the table after
-    each. Returns what was tried and found; it is shorter than `jobs` where the time was."""
+    each. Returns what was tried and found; it is shorter than `jobs` where the time was.
+
+    Raises DeviceLost when a tile takes the device down.
+    """
     deadline = now() + 60 * minutes
     found: list[dict[str, Any]] = []
     copies: list[Weights] = []
@@ -160,12 +163,13 @@ def timer(
         entry = Entry(ours)
         try:
             prepare(entry, cell, copies, device, expected)
-        except torch.AcceleratorError:  # the device is gone; what was found before is in the table
+            run = entry.passes.get("graph", entry.passes.get("eager"))
+            return None if run is None else statistics.median(device.elapsed(run) for _ in range(SAMPLES)) / len(copies)
+        except DeviceLost:  # what was found before is in the table
             raise
-        except Exception:  # does not compile, or does not fit: Triton has many words for it
+        except Exception as error:  # does not compile, or does not fit: Triton has many words for it
+            raise_if_lost(device, ours, error)
             return None
-        run = entry.passes.get("graph", entry.passes.get("eager"))
-        return None if run is None else statistics.median(device.elapsed(run) for _ in range(SAMPLES)) / len(copies)
 
     return seconds_of
 

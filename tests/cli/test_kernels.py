@@ -52,8 +52,30 @@ def record(tmp_path_factory):
     return json.loads(path.read_text()), result.stdout
 
 
+def test_an_interrupted_run_leaves_its_record(monkeypatch, tmp_path):
+    def interrupted(*args, keep, **options):
+        keep({"finished": False, "cells": ["first"]})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nmm_serve.kernels.bench.run.run", interrupted)
+    CliRunner().invoke(main, ["kernels", "bench", "--device", "cpu", "-o", str(tmp_path / "record.json")])
+    document = json.loads((tmp_path / "record.json").read_text())
+    assert (document["format"], document["finished"], document["cells"]) == (command.FORMAT, False, ["first"])
+
+
+def test_no_memory_even_for_the_roofline_is_an_error(monkeypatch, capsys):
+    def full(device, dtype):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(roofline, "measure", full)
+    code, said = main_exit(capsys, "--device", "cpu")
+    assert code == 1
+    assert "has too little free memory to be measured" in said.err
+
+
 def test_record_has_what_a_reader_needs(record):
     document, _ = record
+    assert document["finished"] is True
     assert document["format"] == command.FORMAT
     assert document["device"]["kind"] == "cpu"
     assert document["environment"]["packages"]["torch"]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from nmm_serve.kernels import moe_configs
 from nmm_serve.kernels.bench import check, measure, roofline, tune
-from nmm_serve.kernels.bench.device import CpuDevice
+from nmm_serve.kernels.bench.device import CpuDevice, CudaDevice
 from nmm_serve.kernels.bench.measure import make_copies, measure_cell
 from nmm_serve.kernels.bench.peers import OURS, PEERS, Peer, Prepared, Weights
 from nmm_serve.kernels.bench.plan import REGIMES, ROUTINGS, SHAPES, Cell, Shape, cells, router_logits, step_bytes, work
@@ -346,14 +346,156 @@ def test_the_whole_run_keeps_its_time_and_says_what_it_left_out(monkeypatch):
     assert empty["geometric_mean"] == {"all": None}
 
 
+class FragileDevice(FakeDevice):
+    """Dead from `die` on, as whoever asks it next finds out."""
+
+    dead = False
+
+    def die(self, error):
+        self.dead = True
+        raise error
+
+    def synchronize(self):
+        if self.dead:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
+NO_IMAGE = torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device")
+
+
+def test_a_peer_built_for_another_gpu_leaves_the_others_alone():
+    device = FragileDevice({})
+
+    def unfit(weights, top_k):
+        raise NO_IMAGE
+
+    def later(weights, top_k):  # runs in the check and the warm-up, not when it is timed
+        prepared = device.peer("later").prepare(weights, top_k)
+
+        def layer(*args):
+            if device.order:
+                raise NO_IMAGE
+            return prepared.layer(*args)
+
+        return Prepared(layer, prepared.parameters)
+
+    found = in_cell(device, [Peer("unfit", unfit), device.peer(OURS), Peer("later", later)])
+    unfit_, mine, later_ = found["results"]
+    assert unfit_["reason"] == later_["reason"] == f"AcceleratorError: {NO_IMAGE}"
+    assert "eager" not in later_
+    assert mine["eager"]["n"] == measure.LEAST_ROUNDS
+
+
+@pytest.mark.parametrize("when", ["prepare", "capture", "timing"])
+def test_the_peer_that_took_the_device_down_is_named_whatever_it_raised(when):
+    device = FragileDevice({}, graphs=True)
+    crash = RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+    def prepare(weights, top_k):
+        if when == "prepare":
+            device.die(crash)
+        return device.peer("culprit").prepare(weights, top_k)
+
+    def elapsed(function):
+        device.die(crash)
+
+    if when == "capture":
+        device.capture = elapsed
+    elif when == "timing":
+        device.elapsed = elapsed
+    with pytest.raises(measure.DeviceLost, match=r"^culprit took the device down: RuntimeError: Triton Error"):
+        in_cell(device, [Peer("culprit", prepare), device.peer("innocent")])
+
+
+def test_tuning_goes_on_after_a_tile_that_fails_and_ends_with_the_device(monkeypatch):
+    table = copy.deepcopy(moe_configs.table())
+    monkeypatch.setattr(moe_configs, "table", lambda: table)
+    device = FragileDevice({})
+    where = {"device": "fake", "kernel": "up", "hidden": 16, "intermediate": 24, "regime": "fp32"}
+    seconds_of = tune.timer(where, a_cell(), make_copies(TINY, device, torch.float32, False), device)
+
+    def failing(error):
+        def elapsed(function):
+            raise error
+
+        return elapsed
+
+    device.elapsed = failing(NO_IMAGE)
+    assert seconds_of(table["default"]["up"]["fp32"]) is None
+    device.dead = True
+    with pytest.raises(measure.DeviceLost, match=OURS):
+        seconds_of(table["default"]["up"]["fp32"])
+    moe_configs.config.cache_clear()
+
+
+def test_a_failed_capture_does_not_leave_its_stream_in_place(monkeypatch):
+    class Graph:
+        """As torch's: the stream comes back last, and not at all when ending the capture fails."""
+
+        def __init__(self, graph): ...
+
+        def __enter__(self):
+            streams.append("capture")
+
+        def __exit__(self, *args):
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    streams = ["default"]
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[-1])
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    with pytest.raises(RuntimeError, match="during capture"):
+        CudaDevice.__new__(CudaDevice).capture(lambda: None)
+    assert streams == ["default", "capture", "default"]
+
+
+def test_the_result_so_far_is_kept_after_each_cell(monkeypatch):
+    monkeypatch.setattr(roofline, "measure", lambda device, dtype: Roofline(1e9, 1e12))
+    device, kept = FakeDevice({}), []
+    plan = [a_cell(tokens=t) for t in (4, 5)]
+    found = run(plan, device, torch.float32, 60, [device.peer(OURS)], now=device.now, keep=kept.append)
+    assert [(len(k["cells"]), k["not_measured"], k["finished"]) for k in [*kept, found]] == [
+        (1, [plan[1].label], False), (2, [], False), (2, [], True),
+    ]  # fmt: skip
+    assert kept[1].keys() == found.keys()
+
+
+def test_too_little_memory_for_the_weights_costs_one_cell(monkeypatch):
+    monkeypatch.setattr(roofline, "measure", lambda device, dtype: Roofline(1e9, 1e12))
+    device, large = FakeDevice({}), Shape("large", 32, 24)
+
+    def make(shape, *args):
+        if shape is large:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return make_copies(shape, *args)
+
+    monkeypatch.setattr("nmm_serve.kernels.bench.run.make_copies", make)
+    plan = [a_cell(), Cell(large, "prefill", 4, 2, "multinomial"), a_cell(tokens=5)]
+    found = run(plan, device, torch.float32, 60, [device.peer(OURS)], now=device.now)
+    assert [cell["tokens"] for cell in found["cells"]] == [20, 5]
+    assert found["not_measured"] == [f"{plan[1].label}: the device has too little memory"]
+
+
+def test_a_cell_that_cannot_end_in_time_is_not_started(monkeypatch):
+    monkeypatch.setattr(roofline, "measure", lambda device, dtype: Roofline(1e30, 1e12))
+    device = FakeDevice({OURS: 1.0})
+    plan = [a_cell(tokens=t) for t in (4, 400, 4)]
+    one = 13 * measure.LEAST_ROUNDS  # seconds: what the first takes; the second is 100 times as much work
+    found = run(plan, device, torch.float32, 9 * one / 60, [device.peer(OURS)], now=device.now)
+    assert [cell["tokens"] for cell in found["cells"]] == [4, 4]
+    (left_out,) = found["not_measured"]
+    assert left_out.startswith(f"{plan[1].label}: would take over {100 * one} s")
+
+
 def test_a_lost_device_ends_the_run_but_keeps_what_was_measured(monkeypatch):
     monkeypatch.setattr(roofline, "measure", lambda device, dtype: Roofline(1e9, 1e12))
-    device = FakeDevice({})
+    device = FragileDevice({})
     plan = [a_cell(tokens=t) for t in (4, 5, 6)]
 
     def prepare(weights, top_k):
         if device.order:  # the first cell is done
-            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+            device.die(torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
         return device.peer(OURS).prepare(weights, top_k)
 
     found = run(plan, device, torch.float32, 60, [Peer(OURS, prepare)], now=device.now)
