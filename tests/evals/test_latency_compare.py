@@ -321,7 +321,8 @@ def test_a_comparison_of_two_checkpoints(checkpoints, tmp_path):
         for answered in cell["results"]:
             assert (answered["n"], answered["failed"], answered["short"]) == (2, 0, 0)
             assert answered["goodput_share"] == 1.0
-            assert all(part["mean"] >= 0 for part in answered["parts"].values())
+            # but for `wait_s`: a difference of clocks read in several places, around 0 where nobody waits
+            assert all(part["mean"] >= 0 for name, part in answered["parts"].items() if name != "wait_s"), answered
     (steps,) = found["training"]
     assert [cell["resolution"] for cell in steps["cells"]] == [64, 32]
     for cell in steps["cells"]:
