@@ -36,7 +36,9 @@ go, ended = threading.Event(), threading.Event()
 def address(monkeypatch):
     monkeypatch.setattr(connections, "HEAD_S", 0.3)
     monkeypatch.setattr(connections, "READ_S", 0.3)
-    config = uvicorn.Config(app, port=0, http=connections.ClientConnection, lifespan="off", log_level="critical")
+    config = uvicorn.Config(
+        app, port=0, http=connections.ClientConnection, lifespan="off", log_config=None, log_level="critical"
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

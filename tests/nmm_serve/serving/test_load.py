@@ -52,7 +52,12 @@ class Served:
         self.fetcher = Fetcher(["127.0.0.1"])
         self.endpoints = Endpoints("tiny", encoder, manifest, self.scheduler, self.metrics, self.fetcher)
         config = uvicorn.Config(
-            build_app(self.endpoints, None), port=0, http=ClientConnection, lifespan="off", log_level="critical"
+            build_app(self.endpoints, None),
+            port=0,
+            http=ClientConnection,
+            lifespan="off",
+            log_config=None,
+            log_level="critical",
         )
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=asyncio.run, args=(self.run(),), daemon=True)
