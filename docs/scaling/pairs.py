@@ -1,5 +1,5 @@
-"""Differences in loss between runs of one size, budget and seed:
-python docs/scaling/pairs.py RECORDS FAMILY OTHER-RECORDS OTHER-FAMILY
+"""Differences in loss between runs of one size, budget and seed; or, with records alone, how far seeds lie apart:
+python docs/scaling/pairs.py RECORDS [FAMILY OTHER-RECORDS OTHER-FAMILY]
 
 A size is known by its first word, so that `nano-modality` meets `nano`. Columns are steps; a number for each seed.
 """
@@ -7,12 +7,24 @@ A size is known by its first word, so that `nano-modality` meets `nano`. Columns
 import json
 import sys
 from collections import defaultdict
+from math import sqrt
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, variance
 
 
-def read(path: str, family: str) -> list[dict]:
-    return [run for run in map(json.loads, Path(path).read_text().splitlines()) if run["family"] == family]
+def read(path: str, family: str | None = None) -> list[dict]:
+    runs = map(json.loads, Path(path).read_text().splitlines())
+    return [run for run in runs if family in (None, run["family"])]
+
+
+def seeds(path: str) -> None:
+    losses: dict[tuple, list[float]] = defaultdict(list)
+    for run in read(path):
+        losses[run["family"], run["size"], run["steps"]].append(run["loss"])
+    pairs = [pair for pair in losses.values() if len(pair) == 2]
+    if not pairs:
+        sys.exit(f"{path} has no two seeds of one family, size and budget")
+    print(f"{len(pairs)} pairs of seeds; standard deviation of one run {sqrt(fmean(map(variance, pairs))):.4f}")
 
 
 def key(run: dict) -> tuple[str, int, int]:
@@ -33,6 +45,9 @@ def main(path: str, family: str, other_path: str, other_family: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 5:
-        sys.exit("usage: pairs.py RECORDS FAMILY OTHER-RECORDS OTHER-FAMILY")
-    main(*sys.argv[1:])
+    if len(sys.argv) == 2:
+        seeds(sys.argv[1])
+    elif len(sys.argv) == 5:
+        main(*sys.argv[1:])
+    else:
+        sys.exit("usage: pairs.py RECORDS [FAMILY OTHER-RECORDS OTHER-FAMILY]")
