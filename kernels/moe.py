@@ -72,6 +72,24 @@ class Routing(NamedTuple):
     stats: RouterStats
 
 
+def _checked_router(
+    logits_TE: torch.Tensor, top_k: int, score: str, counted_T: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Both as the operators want them."""
+    if logits_TE.dim() != 2 or not 1 <= top_k <= logits_TE.shape[1]:
+        raise ValueError(f"logits must be [tokens, experts] with at least top_k = {top_k} >= 1 experts, "
+                         f"not {list(logits_TE.shape)}")  # fmt: skip
+    if score not in ("softmax", "sigmoid"):
+        raise ValueError(f"score must be 'softmax' or 'sigmoid', not {score!r}")
+    if counted_T is not None and (counted_T.dtype != torch.bool or counted_T.shape != logits_TE.shape[:1]):
+        raise ValueError(
+            f"counted_T must be {logits_TE.shape[0]} bools, not {list(counted_T.shape)} of {counted_T.dtype}"
+        )
+    if logits_TE.dtype == torch.float64 and moe_ops.on_triton(logits_TE):
+        logits_TE = logits_TE.float()  # the kernels score in fp32
+    return logits_TE.contiguous(), counted_T if counted_T is None else counted_T.contiguous()
+
+
 def route(
     logits_TE: torch.Tensor,
     top_k: int,
@@ -89,23 +107,32 @@ def route(
 
     Raises ValueError when the arguments do not fit together.
     """
-    if logits_TE.dim() != 2 or not 1 <= top_k <= logits_TE.shape[1]:
-        raise ValueError(f"logits must be [tokens, experts] with at least top_k = {top_k} >= 1 experts, "
-                         f"not {list(logits_TE.shape)}")  # fmt: skip
-    if score not in ("softmax", "sigmoid"):
-        raise ValueError(f"score must be 'softmax' or 'sigmoid', not {score!r}")
-    if counted_T is not None and (counted_T.dtype != torch.bool or counted_T.shape != logits_TE.shape[:1]):
-        raise ValueError(
-            f"counted_T must be {logits_TE.shape[0]} bools, not {list(counted_T.shape)} of {counted_T.dtype}"
-        )
-    if logits_TE.dtype == torch.float64 and moe_ops.on_triton(logits_TE):
-        logits_TE = logits_TE.float()  # the kernels score in fp32
-    if counted_T is not None:
-        counted_T = counted_T.contiguous()
+    logits_TE, counted_T = _checked_router(logits_TE, top_k, score, counted_T)
     weight_TK, expert_TK, count_BE, stat_BS = moe_ops.route(
-        logits_TE.contiguous(), counted_T, top_k, score == "sigmoid", renormalize
+        logits_TE, counted_T, top_k, score == "sigmoid", renormalize
     )
     return Routing(weight_TK, expert_TK, count_BE, RouterStats(stat_BS))
+
+
+def _checked_layer(
+    x_TD: torch.Tensor, gate_up_E2FD: torch.Tensor, down_EDF: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """All three as the operators want them: of one type, under autocast autocast's."""
+    D, (E, F2, _) = x_TD.shape[1], gate_up_E2FD.shape
+    for name, tensor, shape in (("gate_up_E2FD", gate_up_E2FD, (E, F2, D)), ("down_EDF", down_EDF, (E, D, F2 // 2))):
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must be {list(shape)} beside x {list(x_TD.shape)}, not {list(tensor.shape)}")
+    device = x_TD.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x_TD, gate_up_E2FD, down_EDF = x_TD.to(dtype), gate_up_E2FD.to(dtype), down_EDF.to(dtype)
+    if not x_TD.dtype == gate_up_E2FD.dtype == down_EDF.dtype:
+        raise ValueError(f"x is {x_TD.dtype}, gate_up {gate_up_E2FD.dtype} and down {down_EDF.dtype}: give one type")
+    return x_TD.contiguous(), gate_up_E2FD.contiguous(), down_EDF.contiguous()
+
+
+def _trains(*differentiable: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
 
 
 def expert_mlp(
@@ -129,27 +156,17 @@ def expert_mlp(
 
     Raises ValueError when shapes or types do not fit together.
     """
-    T, D = x_TD.shape
-    E, F2, _ = gate_up_E2FD.shape
-    expected = {"gate_up_E2FD": (E, F2, D), "down_EDF": (E, D, F2 // 2), "expert_TK": tuple(weight_TK.shape)}
-    given = {"gate_up_E2FD": gate_up_E2FD, "down_EDF": down_EDF, "expert_TK": expert_TK}
-    for name, shape in expected.items():
-        if tuple(given[name].shape) != shape:
-            raise ValueError(f"{name} must be {list(shape)} beside x {[T, D]}, not {list(given[name].shape)}")
-    if expert_TK.shape[0] != T:
-        raise ValueError(f"expert_TK must have {T} rows, one a token of x, not {expert_TK.shape[0]}")
-    device = x_TD.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x_TD, gate_up_E2FD, down_EDF = x_TD.to(dtype), gate_up_E2FD.to(dtype), down_EDF.to(dtype)
-    if not x_TD.dtype == gate_up_E2FD.dtype == down_EDF.dtype:
-        raise ValueError(f"x is {x_TD.dtype}, gate_up {gate_up_E2FD.dtype} and down {down_EDF.dtype}: give one type")
+    if expert_TK.shape != weight_TK.shape or expert_TK.shape[0] != x_TD.shape[0]:
+        raise ValueError(
+            f"expert_TK and weight_TK must have {x_TD.shape[0]} rows, one a token of x, and one shape, not "
+            f"{list(expert_TK.shape)} and {list(weight_TK.shape)}"
+        )
+    x_TD, gate_up_E2FD, down_EDF = _checked_layer(x_TD, gate_up_E2FD, down_EDF)
     expert_TK = expert_TK.to(torch.int32).contiguous()
     if count_BE is None:
-        count_BE = moe_ops.count_experts(expert_TK, E)
-    differentiable = (x_TD, weight_TK, gate_up_E2FD, down_EDF)
-    training = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
-    x_TD, weight_TK, gate_up_E2FD, down_EDF = (t.contiguous() for t in differentiable)
+        count_BE = moe_ops.count_experts(expert_TK, gate_up_E2FD.shape[0])
+    training = _trains(x_TD, weight_TK, gate_up_E2FD, down_EDF)
+    weight_TK = weight_TK.contiguous()
     return moe_ops.expert_mlp(x_TD, weight_TK, expert_TK, count_BE, gate_up_E2FD, down_EDF, training)[0]
 
 
@@ -164,7 +181,23 @@ def moe_mlp(
     renormalize: bool = False,
     counted_T: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, RouterStats]:
-    """`route`, then `expert_mlp`: the whole layer after the router's logits, and the statistics of its losses."""
+    """`route`, then `expert_mlp`: the whole layer after the router's logits, and the statistics of its losses.
+
+    Where nothing wants a gradient this is one operator, which is free to choose the experts inside of it.
+    """
+    T, E = x_TD.shape[0], gate_up_E2FD.shape[0]
+    if router_logits_TE.shape != (T, E):
+        raise ValueError(
+            f"the router's logits must have {T} rows, one a token of x, of {E} experts, "
+            f"not {list(router_logits_TE.shape)}"
+        )
+    if not _trains(x_TD, router_logits_TE, gate_up_E2FD, down_EDF):
+        logits_TE, counted_T = _checked_router(router_logits_TE, top_k, score, counted_T)
+        x_TD, gate_up_E2FD, down_EDF = _checked_layer(x_TD, gate_up_E2FD, down_EDF)
+        y_TD, stat_BS = moe_ops.moe_inference(
+            x_TD, logits_TE, counted_T, gate_up_E2FD, down_EDF, top_k, score == "sigmoid", renormalize
+        )
+        return y_TD, RouterStats(stat_BS)
     weight_TK, expert_TK, count_BE, stats = route(
         router_logits_TE, top_k, score=score, renormalize=renormalize, counted_T=counted_T
     )

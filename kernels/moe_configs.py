@@ -66,9 +66,20 @@ def config(kernel: str, hidden: int, intermediate: int, regime: str, device: Dev
 
 
 def stage_bytes(kernel: str, regime: str, config: Config) -> int:
-    """What one step of a tile's depth reads into shared memory."""
-    weight_tiles = 2 if kernel in ("up", "decode_up") else 1
-    return (config["BM"] + weight_tiles * config["BN"]) * config["BK"] * (4 if regime == "fp32" else 2)
+    """What one step of a tile's depth reads into shared memory; in `slices`, of the loop that reads more."""
+    weight_tiles = 2 if kernel in ("up", "decode_up", "slices") else 1
+    numbers = (config["BM"] + weight_tiles * config["BN"]) * config["BK"]
+    return max(numbers, config.get("BD", 0) * config["BN"]) * (4 if regime == "fp32" else 2)
+
+
+def in_slices(tokens: int, top_k: int, hidden: int, intermediate: int, config: Config) -> bool:
+    """Whether a few tokens are better served in two launches, whose parts of sums are written and read once more.
+
+    `most_mb` of the tile of `slices` says how many MB of parts are worth two launches; 0: none. The default is an
+    estimate (two launches of 1.5 us, an L2 of 5 TB/s), which tuning puts to the test.
+    """
+    slices = -(-intermediate // config["BN"])
+    return 8 * tokens * top_k * slices * hidden <= 1e6 * config["most_mb"]
 
 
 def every_config() -> Iterator[tuple[str, str, Config]]:

@@ -1,5 +1,5 @@
-"""The operators `nmm_serve::*`: each launch with its eager and its Triton implementation, and the two that have a
-gradient, `route` and `expert_mlp`.
+"""The operators `nmm_serve::*`: each launch with its eager and its Triton implementation, the two that have a gradient,
+`route` and `expert_mlp`, and `moe_inference`, the whole layer without one.
 
 `moe_triton.py` serves CUDA and `moe_reference.py` the CPU. With TRITON_INTERPRET=1, Triton's interpreter serves the
 CPU: that is how the kernels are tested without a GPU. Legend: `moe_reference.py`.
@@ -105,6 +105,11 @@ def decode_down(act_NF, down_EDF, expert_TK):
 
 
 @_launch
+def decode_layer(x_TD, logits_TE, counted_T, gate_up_E2FD, down_EDF, top_k, sigmoid, renormalize):
+    return torch.empty_like(x_TD), logits_TE.new_empty(1, 2 * logits_TE.shape[1] + 2, dtype=_score_dtype(logits_TE))
+
+
+@_launch
 def down_backward(dy_TD, down_EDF, pre_N2F, order_N, offset_E1, weight_TK):
     return (
         torch.empty_like(pre_N2F),
@@ -165,6 +170,30 @@ def _expert_mlp_fake(x_TD, weight_TK, expert_TK, count_BE, gate_up_E2FD, down_ED
     return torch.empty_like(x_TD), *_saved(x_TD, expert_TK, count_BE, gate_up_E2FD, training)
 
 
+def _inference(
+    x_TD: torch.Tensor,
+    logits_TE: torch.Tensor,
+    counted_T: torch.Tensor | None,
+    gate_up_E2FD: torch.Tensor,
+    down_EDF: torch.Tensor,
+    top_k: int,
+    sigmoid: bool,
+    renormalize: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y_TD and stat_BS, without gradients. One operator for any number of tokens: a compiled model has one graph."""
+    few = 0 < x_TD.shape[0] <= DECODE_TOKENS
+    if few and on_triton(x_TD) and _triton("takes_slices")(x_TD, gate_up_E2FD, top_k):
+        return decode_layer(x_TD, logits_TE, counted_T, gate_up_E2FD, down_EDF, top_k, sigmoid, renormalize)
+    weight_TK, expert_TK, count_BE, stat_BS = route(logits_TE, counted_T, top_k, sigmoid, renormalize)
+    return _expert_mlp(x_TD, weight_TK, expert_TK, count_BE, gate_up_E2FD, down_EDF, False)[0], stat_BS
+
+
+def _inference_fake(x_TD, logits_TE, counted_T, gate_up_E2FD, down_EDF, top_k, sigmoid, renormalize):
+    T, E = logits_TE.shape
+    B = -(-T // moe_reference.route_block(E))
+    return torch.empty_like(x_TD), logits_TE.new_empty(B, 2 * E + 2, dtype=_score_dtype(logits_TE))
+
+
 def _expert_mlp_backward(
     dy_TD: torch.Tensor,
     x_TD: torch.Tensor,
@@ -212,11 +241,13 @@ def _expert_mlp_backward_fake(dy_TD, x_TD, weight_TK, gate_up_E2FD, down_EDF, pr
 for _name, _function, _fake in (
     ("nmm_serve::expert_mlp", _expert_mlp, _expert_mlp_fake),
     ("nmm_serve::expert_mlp_backward", _expert_mlp_backward, _expert_mlp_backward_fake),
+    ("nmm_serve::moe_inference", _inference, _inference_fake),
 ):
     torch.library.define(_name, torch.library.infer_schema(_function, mutates_args=()))
     torch.library.impl(_name, ("cpu", "cuda"), _function)
     torch.library.register_fake(_name, _fake)
 expert_mlp = torch.ops.nmm_serve.expert_mlp
+moe_inference = torch.ops.nmm_serve.moe_inference
 
 
 def _only_once() -> None:

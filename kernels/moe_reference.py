@@ -181,6 +181,22 @@ def decode_down(act_NF: torch.Tensor, down_EDF: torch.Tensor, expert_TK: torch.T
     return slot_ND
 
 
+def decode_layer(
+    x_TD: torch.Tensor,
+    logits_TE: torch.Tensor,
+    counted_T: torch.Tensor | None,
+    gate_up_E2FD: torch.Tensor,
+    down_EDF: torch.Tensor,
+    top_k: int,
+    sigmoid: bool,
+    renormalize: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The whole layer after the router's logits: y_TD, and stat_BS of `route`."""
+    weight_TK, expert_TK, _, stat_BS = route(logits_TE, counted_T, top_k, sigmoid, renormalize)
+    act_NF = decode_up(x_TD, gate_up_E2FD, expert_TK, weight_TK)
+    return combine(decode_down(act_NF, down_EDF, expert_TK), top_k), stat_BS
+
+
 def down_backward(
     dy_TD: torch.Tensor,
     down_EDF: torch.Tensor,

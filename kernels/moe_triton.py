@@ -13,7 +13,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nmm_serve.kernels import decode_triton, grouped_triton, moe_configs, route_triton
+from nmm_serve.kernels import decode_triton, grouped_triton, moe_configs, route_triton, slices_triton
 from nmm_serve.kernels.moe_reference import route_block
 
 BLOCKS_PER_LOOK = 32
@@ -67,7 +67,8 @@ def _rows(a: torch.Tensor, block_row: int, block_col: int, tma: bool) -> Any:
 
 
 def _options(config: moe_configs.Config, dtype: torch.dtype, tma: bool) -> dict[str, Any]:
-    return {k: v for k, v in config.items() if k != "per_sm"} | {"TMA": tma, "PRECISION": _precision(dtype)}
+    tile = {k: v for k, v in config.items() if k not in ("per_sm", "most_mb")}
+    return tile | {"TMA": tma, "PRECISION": _precision(dtype)}
 
 
 def _grouped(kernel: str, a: torch.Tensor, hidden: int, intermediate: int, slots: int, E: int) -> moe_configs.Config:
@@ -209,6 +210,34 @@ def decode_down(act_NF, down_EDF, expert_TK):
         K=K, KP=_pow2(K), **_options(c, act_NF.dtype, tma),
     )  # fmt: skip
     return slot_ND
+
+
+def takes_slices(x_TD, gate_up_E2FD, top_k):
+    """Whether `decode_layer` is the better way for these tokens. Its routing is of one block."""
+    (T, D), (E, F2, _) = x_TD.shape, gate_up_E2FD.shape
+    config = _decode("slices", x_TD, D, F2 // 2, T)
+    return route_block(E) >= T and moe_configs.in_slices(T, top_k, D, F2 // 2, config)
+
+
+def decode_layer(x_TD, logits_TE, counted_T, gate_up_E2FD, down_EDF, top_k, sigmoid, renormalize):
+    (T, D), (E, F2, _) = x_TD.shape, gate_up_E2FD.shape
+    F = F2 // 2
+    c = _decode("slices", x_TD, D, F, T)
+    tma = _tma(gate_up_E2FD, down_EDF)
+    slices = triton.cdiv(F, c["BN"])
+    part_TKSD = x_TD.new_empty(T, top_k, slices, D, dtype=torch.float32)
+    stat_1S = x_TD.new_empty(1, 2 * E + 2, dtype=torch.float32)
+    slices_triton.slices_kernel[E, slices](
+        x_TD, logits_TE, _bytes(counted_T, logits_TE),
+        _gate_up(gate_up_E2FD, c["BN"], c["BK"], tma), _weight(down_EDF, c["BD"], c["BN"], tma),
+        part_TKSD, stat_1S, T, D, F, E,
+        K=top_k, KP=_pow2(top_k), EP=_pow2(E), SIGMOID=sigmoid, RENORMALIZE=renormalize,
+        COUNT_ALL=counted_T is None, **_options(c, x_TD.dtype, tma),
+    )  # fmt: skip
+    y_TD = torch.empty_like(x_TD)
+    BP, BD = 32, 64
+    slices_triton.sum_parts_kernel[T, triton.cdiv(D, BD)](part_TKSD, y_TD, top_k * slices, D, BP=BP, BD=BD)
+    return y_TD, stat_1S
 
 
 def down_backward(dy_TD, down_EDF, pre_N2F, order_N, offset_E1, weight_TK):

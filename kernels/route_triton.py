@@ -25,19 +25,19 @@ def scores(logit_ME, real_E, SIGMOID: tl.constexpr):
         return soft_ME, sum_M * 0.0 + 1.0, soft_ME, lse_M
 
 
-@triton.jit(do_not_specialize=["T"])
-def route_kernel(
-    logits, counted, weight, expert, count, stat, T, E,
+@triton.jit
+def choose(
+    logits, t_M, T, E,
     K: tl.constexpr, KP: tl.constexpr, EP: tl.constexpr, M: tl.constexpr,
-    SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr, COUNT_ALL: tl.constexpr,
+    SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0)
-    t_M = block * M + tl.arange(0, M)
+    """Of M tokens: weights and experts of their choices, which experts were chosen, all scores, their sum, and the
+    logsumexp of the logits."""
     e_E = tl.arange(0, EP)
     k_K = tl.arange(0, KP)
-    in_M, real_E = t_M < T, e_E < E
+    real_E = e_E < E
     address_ME = t_M[:, None].to(tl.int64) * E + e_E[None, :]
-    logit_ME = tl.load(logits + address_ME, mask=in_M[:, None] & real_E[None, :], other=0.0).to(tl.float32)
+    logit_ME = tl.load(logits + address_ME, mask=(t_M < T)[:, None] & real_E[None, :], other=0.0).to(tl.float32)
     score_ME, total_M, _soft_ME, lse_M = scores(logit_ME, real_E, SIGMOID)
 
     # a NaN never wins over a number, but an index is always that of some expert: it must not become a wild address
@@ -56,22 +56,48 @@ def route_kernel(
         key_ME = tl.where(hit_ME, -2.0, key_ME)
     if RENORMALIZE:
         weight_MK = weight_MK / tl.sum(weight_MK, 1)[:, None]
-    slot_MK = t_M[:, None].to(tl.int64) * K + k_K[None, :]
-    real_MK = in_M[:, None] & (k_K[None, :] < K)
-    tl.store(weight + slot_MK, weight_MK, mask=real_MK)
-    tl.store(expert + slot_MK, expert_MK, mask=real_MK)
+    return weight_MK, expert_MK, chosen_ME, score_ME, total_M, lse_M
 
-    chosen_ME = tl.where(in_M[:, None], chosen_ME, 0.0)
-    tl.store(count + block * E + e_E, tl.sum(chosen_ME, 0).to(tl.int32), mask=real_E)
-    counts_M = in_M
+
+@triton.jit
+def store_statistics(
+    line, counted, t_M, T, E, chosen_ME, score_ME, total_M, lse_M, EP: tl.constexpr, COUNT_ALL: tl.constexpr
+):  # fmt: skip
+    """A block's line of `stat_BS`."""
+    e_E = tl.arange(0, EP)
+    real_E = e_E < E
+    counts_M = t_M < T
     if not COUNT_ALL:
-        counts_M = in_M & (tl.load(counted + t_M, mask=in_M, other=0) != 0)
+        counts_M = counts_M & (tl.load(counted + t_M, mask=counts_M, other=0) != 0)
     prob_ME = tl.where(counts_M[:, None], score_ME / total_M[:, None], 0.0)
-    line = stat + block * (2 * E + 2)
     tl.store(line + e_E, tl.sum(tl.where(counts_M[:, None], chosen_ME, 0.0), 0), mask=real_E)
     tl.store(line + E + e_E, tl.sum(prob_ME, 0), mask=real_E)
     tl.store(line + 2 * E, tl.sum(tl.where(counts_M, lse_M * lse_M, 0.0), 0))
     tl.store(line + 2 * E + 1, tl.sum(counts_M.to(tl.float32), 0))
+
+
+@triton.jit(do_not_specialize=["T"])
+def route_kernel(
+    logits, counted, weight, expert, count, stat, T, E,
+    K: tl.constexpr, KP: tl.constexpr, EP: tl.constexpr, M: tl.constexpr,
+    SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr, COUNT_ALL: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    t_M = block * M + tl.arange(0, M)
+    weight_MK, expert_MK, chosen_ME, score_ME, total_M, lse_M = choose(
+        logits, t_M, T, E, K, KP, EP, M, SIGMOID, RENORMALIZE
+    )
+    k_K = tl.arange(0, KP)
+    slot_MK = t_M[:, None].to(tl.int64) * K + k_K[None, :]
+    real_MK = (t_M < T)[:, None] & (k_K[None, :] < K)
+    tl.store(weight + slot_MK, weight_MK, mask=real_MK)
+    tl.store(expert + slot_MK, expert_MK, mask=real_MK)
+
+    e_E = tl.arange(0, EP)
+    in_ME = tl.where((t_M < T)[:, None], chosen_ME, 0.0)
+    tl.store(count + block * E + e_E, tl.sum(in_ME, 0).to(tl.int32), mask=e_E < E)
+    line = stat + block * (2 * E + 2)
+    store_statistics(line, counted, t_M, T, E, chosen_ME, score_ME, total_M, lse_M, EP, COUNT_ALL)
 
 
 @triton.jit(do_not_specialize=["T"])

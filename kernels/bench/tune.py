@@ -8,7 +8,8 @@ down is not taken for a gain.
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,15 @@ AXES: dict[str, tuple[int, ...]] = {
     "BM": (32, 64, 128),
     "BN": (16, 32, 64, 128, 256),
     "BK": (32, 64, 128, 256),
+    "BD": (32, 64, 128, 256),
     "num_warps": (4, 8),
     "num_stages": (2, 3, 4, 5, 6, 8),
     "GROUP_M": (1, 4, 8, 16),
     "per_sm": (0, 1, 2),
+    "most_mb": (0, 15, 60),
 }
 KERNELS = {
-    "decode": ("decode_up", "decode_down"),
+    "decode": ("decode_up", "decode_down", "slices"),
     "prefill": ("up", "down"),
     "train": ("down_backward", "up_backward", "down_weight_grad", "up_weight_grad"),
 }
@@ -137,10 +140,17 @@ def tune_kernel(
     # a decode tile must hold all tokens of its regime
     axes = {axis: values for axis, values in AXES.items() if axis != "BM" or cell.regime != "decode"}
     seconds_of = timer(where, cell, copies, device)
-    table = moe_configs.table()
-    default = table["default"][kernel][name]
-    start = next((e["config"] for e in table["tuned"] if all(e[k] == v for k, v in where.items())), default)
-    best, before, after, tried = search(start, axes, seconds_of, lambda: now() < until)
+    default = moe_configs.table()["default"][kernel][name]
+    start = installed(where) or default
+    with way_of(kernel, where):
+        if kernel == "slices":  # first whether, then how
+            whether = {"most_mb": axes.pop("most_mb")}
+            best, before, after, tried = search(start, whether, seconds_of, lambda: now() < until)
+            if moe_configs.in_slices(cell.tokens, cell.top_k, shape.hidden, shape.intermediate, best):
+                best, _, after, more = search(best, axes, seconds_of, lambda: now() < until)
+                tried += more - 1
+        else:
+            best, before, after, tried = search(start, axes, seconds_of, lambda: now() < until)
     install(where, None if after is None or best == default else best)
     return {**where, "tried": tried, "config": best, "before_s": before, "after_s": after}
 
@@ -172,6 +182,28 @@ def timer(
             return None
 
     return seconds_of
+
+
+@contextmanager
+def way_of(kernel: str, where: dict[str, Any]) -> Iterator[None]:
+    """The kernels of one way to decode are not launched where the layer goes the other: shut it meanwhile. Which way is
+    better turns out last, when `slices` is tuned."""
+    if kernel not in ("decode_up", "decode_down"):
+        yield
+        return
+    slices = where | {"kernel": "slices"}
+    before = installed(slices)
+    install(slices, moe_configs.table()["default"]["slices"][where["regime"]] | {"most_mb": 0})
+    try:
+        yield
+    finally:
+        install(slices, before)
+
+
+def installed(where: dict[str, Any]) -> Config | None:
+    """The measured tile, where there is one."""
+    entries = moe_configs.table()["tuned"]
+    return next((e["config"] for e in entries if all(e[name] == value for name, value in where.items())), None)
 
 
 def install(where: dict[str, Any], config: Config | None) -> None:

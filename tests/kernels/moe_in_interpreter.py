@@ -24,9 +24,23 @@ def noted(tiles, config, device):
 
 
 moe_triton._programs = noted
+
+# a few tokens go through small experts in slices; with parts that are too many, as in large experts, they do not
+layers = []
+decode_layer = moe_triton.decode_layer
+moe_triton.decode_layer = lambda *args: layers.append(len(args[0])) or decode_layer(*args)
+few = [case for case in CASES if 0 < case.tokens <= moe_ops.DECODE_TOKENS]
 for dtype in (torch.float32, torch.float16):
     for case in CASES:
         check(case, dtype, "cpu")
+assert layers == 2 * [case.tokens for case in few], layers
+in_slices = moe_configs.in_slices
+moe_configs.in_slices = lambda *wanted: False
+for dtype in (torch.float32, torch.float16):
+    for case in few:
+        check(case, dtype, "cpu")
+assert len(layers) == 2 * len(few)
+moe_configs.in_slices = in_slices
 
 assert max(tiles for persistent, tiles in rounds if persistent) > 1
 
@@ -45,7 +59,8 @@ routing = route(logits, 2)
 assert ((routing.expert_TK >= 0) & (routing.expert_TK < 4)).all()
 assert routing.weight_TK.isnan().all()
 x, gate_up, down = torch.ones(3, 8), torch.ones(4, 6, 8), torch.ones(4, 8, 3)
-assert moe_mlp(x, logits, gate_up, down, top_k=2)[0].isnan().all()
+for top_k in (1, 2):
+    assert moe_mlp(x, logits, gate_up, down, top_k=top_k)[0].isnan().all()
 
 # experts that something else has chosen are counted by a kernel of their own
 torch.manual_seed(0)

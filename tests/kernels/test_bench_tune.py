@@ -55,8 +55,8 @@ def test_tuned_tiles_are_used_and_written_and_those_that_lose_are_not(monkeypatc
     monkeypatch.setattr(tune, "timer", seconds)
     path = tmp_path / "table.json"
     found = tune.tune(tune.jobs([TINY], ["decode"]), device, torch.float32, 1, path, now=device.now)
-    assert [(f["kernel"], f["config"] == better, f["after_s"]) for f in found[:2]] == [
-        ("decode_up", True, 0.5), ("decode_down", False, 1.0),
+    assert [(f["kernel"], f["config"] == better, f["after_s"]) for f in found[:3]] == [
+        ("decode_up", True, 0.5), ("decode_down", False, 1.0), ("slices", False, 1.0),
     ]  # fmt: skip
     assert json.loads(path.read_text()) == table
     (entry,) = table["tuned"]
@@ -64,6 +64,33 @@ def test_tuned_tiles_are_used_and_written_and_those_that_lose_are_not(monkeypatc
     fake = moe_configs.Device("fake", processors=1, shared_bytes=1 << 20, tma=True)
     assert moe_configs.config("decode_up", 16, 24, "fp32", fake) == better
     assert moe_configs.config("decode_up", 16, 25, "fp32", fake) == default
+    moe_configs.config.cache_clear()
+
+
+def test_each_way_to_decode_is_tuned_where_the_layer_goes_it(monkeypatch, tmp_path):
+    """And which way is better is itself measured: here the longer one, once it is tuned."""
+    table = copy.deepcopy(moe_configs.table())
+    monkeypatch.setattr(moe_configs, "table", lambda: table)
+    device = FakeDevice({})
+    fake = moe_configs.Device("fake", processors=1, shared_bytes=1 << 20, tma=True)
+    ways = []
+
+    def seconds(where, cell, copies, device):
+        def seconds_of(config):
+            tune.install(where, config)
+            slices = moe_configs.config("slices", TINY.hidden, TINY.intermediate, "fp32", fake)
+            way = moe_configs.in_slices(cell.tokens, cell.top_k, TINY.hidden, TINY.intermediate, slices)
+            ways.append((where["kernel"], way))
+            return 1.0 if way else 0.5
+
+        return seconds_of
+
+    monkeypatch.setattr(tune, "timer", seconds)
+    tune.tune(tune.jobs([TINY], ["decode"]), device, torch.float32, 1, tmp_path / "table.json", now=device.now)
+    assert {way for kernel, way in ways if kernel != "slices"} == {False}
+    assert ("slices", True) in ways
+    (entry,) = table["tuned"]
+    assert (entry["kernel"], entry["config"]["most_mb"]) == ("slices", 0)
     moe_configs.config.cache_clear()
 
 

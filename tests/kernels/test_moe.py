@@ -117,6 +117,19 @@ def test_the_decode_path_is_the_sorted_path():
     torch.testing.assert_close(y, expert_mlp(x, routing.weight_TK, routing.expert_TK, gate_up, down))
 
 
+def test_inference_is_training_without_gradients():
+    for score, renormalize, T in (("softmax", False, 11), ("sigmoid", True, 700), ("softmax", True, 0)):
+        x, logits, gate_up, down = leaves(T)
+        options = {"top_k": 2, "score": score, "renormalize": renormalize, "counted_T": torch.arange(T) % 3 != 1}
+        trained, stats = moe_mlp(x, logits, gate_up, down, **options)
+        with torch.no_grad():
+            inferred, inferred_stats = moe_mlp(x, logits, gate_up, down, **options)
+        assert trained.requires_grad
+        assert not inferred.requires_grad
+        torch.testing.assert_close(inferred, trained, rtol=0, atol=0)
+        torch.testing.assert_close(inferred_stats.stat_BS, stats.stat_BS, rtol=0, atol=0)
+
+
 def leaves(T=11, D=8, Fh=6, E=4, dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
     shapes = (T, D), (T, E), (E, 2 * Fh, D), (E, D, Fh)
@@ -147,6 +160,8 @@ def test_operators_pass_opcheck():
         "combine": (slot, top_k),
         "decode_up": (x, gate_up, expert, weight),
         "decode_down": (act, down, expert),
+        "decode_layer": (x, logits, counted, gate_up, down, top_k, False, True),
+        "moe_inference": (x, logits, None, gate_up, down, top_k, True, False),
         "down_backward": (x, down, pre, order, offset, weight),
         "up_backward": (dpre, gate_up, order, offset),
         "up_weight_grad": (dpre, x, order, offset, top_k),
@@ -251,8 +266,18 @@ def test_autocast_runs_the_products_in_its_type():
 def test_what_does_not_fit_is_refused(change, message):
     x, logits, gate_up, down = leaves()
     arguments = {"x_TD": x, "router_logits_TE": logits, "gate_up_E2FD": gate_up, "down_EDF": down, "top_k": 2} | change
-    with pytest.raises(ValueError, match=message):
-        moe_mlp(**arguments)
+    for training in (True, False):
+        with pytest.raises(ValueError, match=message), torch.set_grad_enabled(training):
+            moe_mlp(**arguments)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_logits_of_another_number_of_experts_are_refused(training):
+    x, logits, gate_up, down = leaves()
+    logits = torch.cat((logits, logits[:, :1]), dim=1)
+    message = r"11 rows, one a token of x, of 4 experts, not \[11, 5\]"
+    with pytest.raises(ValueError, match=message), torch.set_grad_enabled(training):
+        moe_mlp(x, logits, gate_up, down, top_k=2)
 
 
 def test_the_cpu_does_without_triton():

@@ -11,18 +11,20 @@ import pytest
 import torch
 from moe_cases import CASES, check
 
-from nmm_serve.kernels import moe_configs
+from nmm_serve.kernels import moe_configs, moe_ops
 from nmm_serve.kernels.moe import moe_mlp
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton_aot
 
-from nmm_serve.kernels import decode_triton, grouped_triton, moe_triton, route_triton
+from nmm_serve.kernels import decode_triton, grouped_triton, moe_triton, route_triton, slices_triton
 
-MODULES = route_triton, grouped_triton, decode_triton
+MODULES = route_triton, grouped_triton, decode_triton, slices_triton
 CONFIGS = list(moe_configs.every_config())
-KERNEL_OF = {"up": "up_proj", "down": "down_proj"}
+OPERATOR_OF = {"up": "up_proj", "down": "down_proj", "slices": "decode_layer", "sum_parts": "decode_layer"}
+DECODE = "decode_up", "decode_down", "slices", "sum_parts"
+SMALL = "route", "route_backward", "count_experts", "sort_slots", "combine", "sum_parts"
 
 
 def test_numbers_in_the_interpreter():
@@ -37,8 +39,8 @@ def meta(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def arguments(kernel: str, dtype=torch.bfloat16, T=4096, D=2048, F=5632, E=8, K=2):
-    """Of the launch named `kernel`, as the layer would give them."""
+def arguments(operator: str, dtype=torch.bfloat16, T=4096, D=2048, F=5632, E=8, K=2):
+    """Of an operator, as the layer would give them."""
     N = T * K
     x, act, pre = meta(T, D, dtype=dtype), meta(N, F, dtype=dtype), meta(N, 2 * F, dtype=dtype)
     gate_up, down = meta(E, 2 * F, D, dtype=dtype), meta(E, D, F, dtype=dtype)
@@ -54,20 +56,22 @@ def arguments(kernel: str, dtype=torch.bfloat16, T=4096, D=2048, F=5632, E=8, K=
         "combine": (act, K),
         "decode_up": (x, gate_up, expert, weight),
         "decode_down": (act, down, expert),
-        "up": (x, gate_up, order, offset, K, True),
-        "down": (act, down, order, offset, weight),
+        "decode_layer": (x, logits.float(), None, gate_up, down, K, False, False),
+        "up_proj": (x, gate_up, order, offset, K, True),
+        "down_proj": (act, down, order, offset, weight),
         "down_backward": (x, down, pre, order, offset, weight),
         "up_backward": (pre, gate_up, order, offset),
         "up_weight_grad": (pre, x, order, offset, K),
         "down_weight_grad": (x, act, order, offset, K),
-    }[kernel]
+    }[operator]
 
 
 def launch(kernel: str, **sizes) -> triton_aot.Launch:
+    operator = OPERATOR_OF.get(kernel, kernel)
     with triton_aot.recorded(*MODULES) as launches:
-        getattr(moe_triton, KERNEL_OF.get(kernel, kernel))(*arguments(kernel, **sizes))
-    assert len(launches) == 1
-    return launches[0]
+        getattr(moe_triton, operator)(*arguments(operator, **sizes))
+    assert len(launches) == (2 if operator == "decode_layer" else 1)
+    return launches[kernel == "sum_parts"]
 
 
 @pytest.fixture
@@ -106,19 +110,17 @@ def test_every_configuration_compiles_for_hopper(kernel, regime, config, tools, 
         )
 
 
-@pytest.mark.parametrize("kernel", ["route", "route_backward", "count_experts", "sort_slots", "combine"])
+@pytest.mark.parametrize("kernel", SMALL)
 def test_small_kernels_compile_ahead(kernel, tools, tmp_path):
     assert_fits(triton_aot.compile_ahead(launch(kernel), tmp_path))
 
 
-KERNELS = sorted(
-    {kernel for kernel, _, _ in CONFIGS} | {"route", "route_backward", "count_experts", "sort_slots", "combine"}
-)
+KERNELS = sorted({kernel for kernel, _, _ in CONFIGS} | set(SMALL))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_number_of_tokens_never_means_a_new_compilation(kernel):
-    lengths = (17, 32, 48, 64) if kernel.startswith("decode") else (2047, 2048, 4099, 65536)
+    lengths = (17, 32, 48, 64) if kernel in DECODE else (2047, 2048, 4099, 65536)
     launches = [launch(kernel, T=T) for T in lengths]
     assert all(one == launches[0] for one in launches[1:])
 
@@ -132,6 +134,21 @@ def test_odd_sizes_do_without_tma():
 def test_regimes(slots, regime):
     assert moe_configs.grouped_regime(slots, 8, torch.bfloat16) == regime
     assert moe_configs.grouped_regime(slots, 8, torch.float32) == "fp32"
+
+
+def test_a_few_tokens_go_in_slices_where_the_parts_of_their_sums_are_few(monkeypatch):
+    monkeypatch.setattr(moe_triton, "_device", lambda index: GPU)
+
+    def takes(T, D, F, E=8, K=2):
+        return moe_triton.takes_slices(meta(T, D), meta(E, 2 * F, D), K)
+
+    assert takes(1, 512, 1024)
+    assert takes(64, 512, 1024)
+    assert takes(8, 1024, 2816)
+    assert not takes(64, 1024, 2816)
+    assert not takes(8, 4096, 14336)
+    assert takes(16, 64, 64, E=128)
+    assert not takes(17, 64, 64, E=128), "its routing has more than one block"
 
 
 GPU = moe_configs.Device("GPU", processors=132, shared_bytes=232448, tma=True)
@@ -192,6 +209,20 @@ def test_numbers_on_a_gpu(case, dtype):
     check(case, dtype, "cuda")
 
 
+@pytest.fixture(params=["in slices", "in four launches"])
+def way_of_decoding(request, monkeypatch):
+    if request.param == "in four launches":
+        monkeypatch.setattr(moe_configs, "in_slices", lambda *wanted: False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_numbers_of_a_few_tokens_on_a_gpu(dtype, way_of_decoding):
+    for case in CASES:
+        if case.tokens <= moe_ops.DECODE_TOKENS:
+            check(case, dtype, "cuda")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_programs_that_take_several_tiles_each_on_a_gpu(dtype, monkeypatch):
@@ -220,7 +251,7 @@ def test_the_same_bits_every_time_on_a_gpu():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("T", [1, 64, 65, 2000])
-def test_cuda_graphs_replay_with_other_routing(T):
+def test_cuda_graphs_replay_with_other_routing(T, way_of_decoding):
     leaves = [t.detach() for t in gpu_layer(T)]
     with torch.no_grad():
         for _ in range(2):

@@ -88,7 +88,7 @@ def check(case: Case, dtype: torch.dtype, device: str) -> None:
     loss = stats.load_balancing_loss() + 0.1 * stats.z_loss()
     grads = torch.autograd.grad((y, loss), leaves, (dy, torch.ones_like(loss)))
     with torch.no_grad():
-        inferred, _ = moe_mlp(*leaves, **options)
+        inferred, inferred_stats = moe_mlp(*leaves, **options, counted_T=counted if case.padding else None)
 
     exact = [t.detach().double().requires_grad_() for t in leaves]
     exact_y, probs, expert = dense(*exact, case)
@@ -105,4 +105,5 @@ def check(case: Case, dtype: torch.dtype, device: str) -> None:
             assert error <= BOUND[dtype], f"{name} is off by {error:.2g} in {case}, {dtype}"
     slots = torch.bincount(expert[counted].reshape(-1), minlength=case.experts)
     assert torch.equal(stats.slots_E.long(), slots), case
+    torch.testing.assert_close(inferred_stats.stat_BS, stats.stat_BS)
     assert int(stats.num_tokens) == int(counted.sum())
