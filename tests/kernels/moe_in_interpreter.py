@@ -36,9 +36,8 @@ for dtype in (torch.float32, torch.float16):
 assert layers == 2 * [case.tokens for case in few], layers
 in_slices = moe_configs.in_slices
 moe_configs.in_slices = lambda *wanted: False
-for dtype in (torch.float32, torch.float16):
-    for case in few:
-        check(case, dtype, "cpu")
+for case in few:
+    check(case, torch.float16, "cpu")
 assert len(layers) == 2 * len(few)
 moe_configs.in_slices = in_slices
 
