@@ -104,7 +104,7 @@ class NMMConfig(PreTrainedConfig):
 
     model_type = "nmm"
     sub_configs = {"vision_config": NMMVisionConfig}  # noqa: RUF012
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
 
     vocab_size: int = 50432
     hidden_size: int = 800

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
 from nmm_serve.config import NMMConfig
@@ -25,19 +25,19 @@ from nmm_serve.models.vision import PatchEmbed, PositionTable, build_encoder, im
 
 
 @dataclass
-class NMMOutput(ModelOutput):
+class NMMOutput(MoeCausalLMOutputWithPast):
     """`loss` is cross-entropy plus the router's weighted losses; `ce_loss` is cross-entropy alone (nats a token).
 
     `aux_loss` (load balancing) and `z_loss` are there where the model has a router that learns and the loss a weight.
+    The field of the cache comes from transformers, which has given it another name.
     """
 
-    loss: torch.Tensor | None = None
     ce_loss: torch.Tensor | None = None
-    aux_loss: torch.Tensor | None = None
     z_loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    router_logits: tuple[torch.Tensor, ...] | None = None
+
+
+CACHE = "cache" if "cache" in NMMOutput.__dataclass_fields__ else "past_key_values"
+"""What `generate` of the transformers that is installed calls the cache."""
 
 
 class NMMPreTrainedModel(PreTrainedModel):
@@ -205,6 +205,7 @@ class NMMForConditionalGeneration(NMMPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         output_router_logits: bool = False,
+        cache: Cache | None = None,
         **kwargs,
     ) -> NMMOutput:
         """
@@ -218,18 +219,20 @@ class NMMForConditionalGeneration(NMMPreTrainedModel, GenerationMixin):
             num_items_in_batch: divisor of the summed loss; default: the labels of this batch. Gradient accumulation
                 gives the labels of all its micro-batches.
             logits_to_keep: compute logits for the last so many positions only; 0 is all.
+            cache: `past_key_values` under the name that newer releases of transformers give it.
 
         In training with labels, logits are computed only where a label is, and not returned: image positions
         carry no loss (section 2) and would be half of the largest matrix product.
         """
+        past_key_values = cache if past_key_values is None else past_key_values
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         x_BTD, routers = self.model(
             input_ids, pixel_values, image_grid, attention_mask, position_ids, document_ids, past_key_values
         )
         output = NMMOutput(
-            past_key_values=past_key_values,
             router_logits=tuple(r.logits_NE for r in routers) if output_router_logits else None,
+            **{CACHE: past_key_values},
         )
         if labels is None or not self.training:
             output.logits = self.lm_head(x_BTD[:, -logits_to_keep:] if logits_to_keep else x_BTD)
@@ -289,14 +292,15 @@ class NMMForConditionalGeneration(NMMPreTrainedModel, GenerationMixin):
         )
         return input_ids, kwargs | {"pixel_values": pixel_values, "image_grid": image_grid}
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
-        inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        cache = inputs.get(CACHE)
+        if cache is not None and cache.get_seq_length() > 0:
             new_ids_BT = inputs["input_ids"]
             if new_ids_BT.shape[1] > 1 and self.model.is_image(new_ids_BT).any():
                 raise PromptError(
-                    f"the prompt has images after the first {past_key_values.get_seq_length()} tokens, which the cache "
-                    "holds already; give the whole prompt and all of its images again, without past_key_values"
+                    f"the prompt has images after the first {cache.get_seq_length()} tokens, which the cache "
+                    f"holds already; give the whole prompt and all of its images again, without {CACHE}"
                 )
             inputs["pixel_values"] = inputs["image_grid"] = None  # they are in the cache already
         return inputs

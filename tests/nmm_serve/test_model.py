@@ -7,6 +7,7 @@ from nmm_serve.checkpoint import load_model, load_processor
 from nmm_serve.config import NMMConfig
 from nmm_serve.errors import PromptError
 from nmm_serve.models import NMMForConditionalGeneration
+from nmm_serve.models.nmm import CACHE
 
 
 @pytest.fixture(scope="module", params=[*FAMILIES, *TORCH_ONLY])
@@ -59,6 +60,16 @@ def test_generate_with_and_without_cache(loaded):
     assert torch.equal(cached, uncached)
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_cache_under_either_name_is_gone_on_from(loaded, name):
+    """transformers has renamed it, and both releases are installed somewhere."""
+    model, processor = loaded
+    ids = torch.tensor([processor.encode_text("a red circle and a blue square")])
+    begun = model(ids[:, :4], use_cache=True)[CACHE]
+    rest = model(ids[:, 4:], **{name: begun}).logits
+    torch.testing.assert_close(rest, model(ids).logits[:, 4:], rtol=1e-4, atol=1e-4)
+
+
 def test_copies_of_a_row_see_its_images(loaded):
     """The rows have two, no and one image, of several sizes."""
     model, processor = loaded
@@ -101,9 +112,9 @@ def test_an_image_after_what_the_cache_holds_is_refused(loaded):
     first, _, second = prompts(processor)
     begun = model.generate(**processor.collate([first]), max_new_tokens=2, return_dict_in_generate=True)
     ids = torch.cat((begun.sequences, torch.tensor([second.input_ids])), dim=1)
-    with pytest.raises(PromptError, match="images after the first .* without past_key_values"):
+    with pytest.raises(PromptError, match=f"images after the first .* without {CACHE}"):
         model.generate(
-            ids, past_key_values=begun.past_key_values, max_new_tokens=2,
+            ids, **{CACHE: begun[CACHE]}, max_new_tokens=2,
             pixel_values=second.pixel_values, image_grid=second.image_grid,
         )  # fmt: skip
 
