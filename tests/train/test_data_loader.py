@@ -11,9 +11,11 @@ from collections import Counter
 
 import pytest
 import torch
-from tiny_data import picture_number, tiny_processor, write_coco, write_interleaved
+from tiny_data import PATCH_SIZE, picture_number, tiny_processor, write_coco, write_interleaved
 
 from nmm_serve.errors import ConfigError, DataError
+from nmm_serve.image_processor import NMMImageProcessor
+from nmm_serve.processor import NMMProcessor
 from nmm_serve.train.data.loader import MAX_IN_A_ROW, MIN_DOCUMENTS, PackedLoader, evaluation_batches
 from nmm_serve.train.data.mixture import parse_mixture
 from nmm_serve.train.data.sources import open_source
@@ -82,6 +84,19 @@ def test_workers_change_nothing(mixture, run, num_workers):
     loader = make(mixture, num_workers=num_workers)
     assert all(same(next(loader), batch) for batch in run[0])
     loader.close()
+
+
+def test_workers_keep_all_patches_of_pooled_images(mixture):
+    """Such an image is one token."""
+    images = NMMImageProcessor(patch_size=PATCH_SIZE, image_size=32, pool_image=True)
+    processor = NMMProcessor(images, tiny_processor().tokenizer)
+    options = {"context_length": CONTEXT, "rows": 2, "objective": "pretrain", "seed": 7}
+    alone, apart = (PackedLoader(mixture, processor, **options, num_workers=n) for n in (0, 2))
+    for _ in range(4):
+        batch = next(alone)
+        assert len(batch["pixel_values"]) == batch["image_grid"].prod(-1).sum()
+        assert same(next(apart), batch)
+    apart.close()
 
 
 @pytest.mark.parametrize(("stops", "num_workers"), [(range(BATCHES), 0), ((0, 5), 2)])

@@ -140,7 +140,8 @@ def _unshare(chunk: Chunk, patches: torch.Tensor | None) -> Iterator[tuple[Item,
         if not isinstance(result, Bad):
             restored = []
             for piece in result:
-                end = start + piece.num_image_tokens
+                # by the grid: a pooled image is one token and still all of its patches
+                end = start + (0 if piece.image_grid is None else int(piece.image_grid.prod(axis=-1).sum()))
                 restored.append(dataclasses.replace(piece, pixel_values=patches[start:end]) if end > start else piece)
                 start = end
             result = restored
