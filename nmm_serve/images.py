@@ -112,7 +112,7 @@ def image_grid(
 
 
 def fit_to_patches(
-    image: Image.Image | Path | bytes, patch_size: int, image_size: int, native_resolution: bool = False
+    image: Image.Image | Path | str | bytes, patch_size: int, image_size: int, native_resolution: bool = False
 ) -> np.ndarray:
     """Scale an image to its `image_grid` of whole patches: uint8 [rows * p, cols * p, 3]."""
     image = load_image(image)

@@ -1,7 +1,7 @@
 """Messages and images to token ids and pixels, without torch: the one definition for training and for every engine."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from nmm_serve.chat import IMAGE, IMAGE_END, IMAGE_START, ImageSlot, Part, Speci
 from nmm_serve.errors import CheckpointError, PromptError
 from nmm_serve.images import fit_to_patches
 
-ImageSource = Image.Image | Path | bytes
+ImageSource = Image.Image | Path | str | bytes
 """An image, its file, or the file's bytes, which are opened when its turn comes."""
 
 
@@ -80,8 +80,14 @@ class PromptEncoder:
         num_tokens = 1 if self.pool_image else num_patches
         return [self.token_id(IMAGE_START), *[self.token_id(IMAGE)] * num_tokens, self.token_id(IMAGE_END)]
 
-    def prompt_of_parts(self, parts: Iterable[Part], images: Sequence[ImageSource] = ()) -> tuple[Prompt, list[int]]:
-        """Encode parts in order, taking images as their slots come up.
+    def prompt_of_parts(
+        self,
+        parts: Iterable[Part],
+        images: Sequence[ImageSource] = (),
+        fit: Callable[[ImageSource], np.ndarray] | None = None,
+    ) -> tuple[Prompt, list[int]]:
+        """Encode parts in order, taking images as their slots come up. `fit` makes an image into whole patches in its
+        own way, as augmentation does; the default is `fit_to_patches`.
 
         Returns the prompt and, for each part, the position where it ends.
 
@@ -93,7 +99,7 @@ class PromptEncoder:
         for part in parts:
             if isinstance(part, ImageSlot):
                 if used < len(images):
-                    ids += self._add_image(images[used], done)
+                    ids += self._add_image(images[used], done, fit)
                 used += 1
             elif isinstance(part, Special):
                 ids.append(self.token_id(str(part)))
@@ -149,9 +155,14 @@ class PromptEncoder:
             ids += [token] if token != placeholder else self._add_image(images[len(done.pixels)], done)
         return done.prompt(ids)
 
-    def _add_image(self, image: ImageSource, done: _Images) -> list[int]:
+    def _add_image(
+        self, image: ImageSource, done: _Images, fit: Callable[[ImageSource], np.ndarray] | None = None
+    ) -> list[int]:
         start = time.perf_counter()
-        pixels_HWC = fit_to_patches(image, self.patch_size, self.image_size, self.native_resolution)
+        if fit is not None:
+            pixels_HWC = fit(image)
+        else:
+            pixels_HWC = fit_to_patches(image, self.patch_size, self.image_size, self.native_resolution)
         done.seconds += time.perf_counter() - start
         done.pixels.append(pixels_HWC)
         return self.image_ids(pixels_HWC.shape[0] * pixels_HWC.shape[1] // self.patch_size**2)

@@ -5,6 +5,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from tiny_data import picture, tiny_processor
 
 from nmm_serve.chat import ImageSlot
@@ -141,6 +142,19 @@ def test_augmented_documents_have_the_grids_of_whole_images(size):
     assert processor.image_processor.grid(cols * 8, rows * 8) != (rows, cols)
     assert crop.image_grid.tolist() == [[rows, cols]]
     assert crop.input_ids.tolist() == whole.input_ids.tolist()
+
+
+def test_an_augmented_image_is_scaled_once(monkeypatch):
+    scaled = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda *args, **options: scaled.append(args[1]) or resize(*args, **options)
+    )
+    document = caption_document(picture(1, (90, 40)), "a circle", objective="pretrain", name="c")
+    encode_document(
+        document, tiny_processor(), objective="pretrain", context_length=256, augment="paper", rng=random.Random(1)
+    )
+    assert len(scaled) == 1
 
 
 def test_augmentation_crops_and_flips():

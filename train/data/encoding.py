@@ -1,7 +1,7 @@
 """A document to pieces of tokens with labels, none longer than the context."""
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from nmm_serve.errors import DataError
 from nmm_serve.images import load_image
 from nmm_serve.processor import NMMProcessor
 from nmm_serve.train.data.augment import Augmentation, random_resized_crop
-from nmm_serve.train.data.documents import Document, Kind, Objective
+from nmm_serve.train.data.documents import Document, ImageSource, Kind, Objective
 
 NO_LOSS = -100
 
@@ -52,13 +52,14 @@ def encode_document(
 
     Raises ImageError for an image that cannot be read, DataError for a document with images that does not fit.
     """
-    images = [load_image(image) for image in document.images]
-    prompt, ends = processor.prompt_of_parts([part for _, part in document.parts], images)
+    crop = None
     if augment is not None:
         assert rng is not None, "augmentation needs a seeded generator"
-        # in the place of the whole images, whose grids they have: not every grid is that of an image of its own size
-        crops = [np.array(random_resized_crop(image, processor.image_processor, rng)) for image in images]
-        prompt = replace(prompt, pixels=tuple(crops))
+
+        def crop(image: ImageSource) -> np.ndarray:
+            return np.array(random_resized_crop(load_image(image), processor.image_processor, rng))
+
+    prompt, ends = processor.prompt_of_parts([part for _, part in document.parts], document.images, crop)
     encoded = processor.to_tensors(prompt)
     ids = np.array(encoded.input_ids, dtype=np.int32)
     has_loss = ids != processor.image_token_id
@@ -70,7 +71,7 @@ def encode_document(
                 has_loss[start:end] = False
             start = end
     labels = np.where(has_loss, ids, NO_LOSS).astype(np.int32)
-    if not images:
+    if not document.images:
         starts = range(0, len(ids), context_length)
         spans = [slice(start, start + context_length) for start in starts]
         return [_piece(ids[span], labels[span], document.kind, span.start == 0) for span in spans]
