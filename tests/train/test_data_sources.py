@@ -70,6 +70,45 @@ def test_coco_captions_file_by_file(tmp_path):
     assert len(open_source({"kind": "coco_captions", **files})) == 12
 
 
+def test_ids_that_come_twice_are_refused(tmp_path):
+    """Of joined files: captions would be put under another image, and answers under another question."""
+    folder = write_coco(tmp_path, n=2)
+    for kind, file, key, change, message in (
+        ("coco_captions", "captions_train.json", "images", {"file_name": "other.png"}, "image id 0 comes twice"),
+        ("vqa_v2", "captions_train.json", "images", {"file_name": "other.png"}, "image id 0 comes twice"),
+        ("vqa_v2", "vqa_train_questions.json", "questions", {"image_id": 1}, "question_id 0 comes twice"),
+        (
+            "vqa_v2",
+            "vqa_train_annotations.json",
+            "annotations",
+            {"multiple_choice_answer": "no"},
+            "question_id 0 comes",
+        ),
+    ):
+        whole = (folder / file).read_text()
+        document = json.loads(whole)
+        for extra, is_refused in ((document[key][0], False), (document[key][0] | change, True)):
+            (folder / file).write_text(json.dumps(document | {key: [*document[key], extra]}))
+            if is_refused:
+                with pytest.raises(DataError, match=rf"{file}: {message}"):
+                    open_source({"kind": kind, "data": str(folder)})
+            else:
+                assert len(open_source({"kind": kind, "data": str(folder)})) == 2
+        (folder / file).write_text(whole)
+
+
+@pytest.mark.parametrize("no_id", [None, [1], {}, True])
+def test_an_id_that_is_none_is_named(tmp_path, no_id):
+    folder = write_coco(tmp_path, n=2)
+    document = json.loads((folder / "captions_train.json").read_text())
+    document["annotations"][1]["image_id"] = no_id
+    (folder / "captions_train.json").write_text(json.dumps(document))
+    with pytest.raises(
+        DataError, match=r"captions_train\.json: annotations\[1\] has image_id .*; expected a number or text"
+    ):
+        open_source({"kind": "coco_captions", "data": str(folder)})
+
+
 def test_vqa_asks_every_question_in_a_new_order_each_epoch(tmp_path):
     source = open_source({"kind": "vqa_v2", "data": str(write_coco(tmp_path / "d", questions=5)), "name": "v"})
     assert len(source) == 12
@@ -165,6 +204,14 @@ def test_text_files(tmp_path):
     assert all_texts(path=[str(tmp_path / "*.txt"), str(tmp_path / "d.parquet")]) == [*expected[:2], *expected[4:]]
 
 
+def test_a_pattern_finds_a_file_once(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.txt", "in/a.txt"):
+        (tmp_path / name).write_text("hello")
+    (tmp_path / "in/above").symlink_to(tmp_path)
+    assert len(open_source({"kind": "text", "path": str(tmp_path / "**/*.txt")})) == 2
+
+
 def test_paragraphs(tmp_path):
     (tmp_path / "a.txt").write_text("\n\none\nstill one\n \t\n\n\ntwo\r\n\r\nthree")
     assert all_texts(path=str(tmp_path / "a.txt"), documents="paragraph") == ["one\nstill one", "two\r", "three"]
@@ -201,30 +248,6 @@ def test_webdataset(tmp_path):
     ):
         with pytest.raises(DataError, match=f"{name}.*{message}"):
             source.document(by_name[name], visit())
-
-
-def test_a_shard_in_which_a_key_comes_twice_is_refused(tmp_path):
-    first = {"a/0.jpg": png(1), "a/0.txt": b"one", "a/0.mask.png": png(2), "a/1.txt": b"two"}
-    write_tar(tmp_path / "a.tar", first | {"a/1.png": png(3)})
-    assert len(open_source({"kind": "webdataset", "path": str(tmp_path / "a.tar")})) == 2
-    for name, message in (
-        ("a/0.png", "image of 'a/0', a/0.jpg and a/0.png"),
-        ("a/1.TXT", "txt of 'a/1', a/1.txt and a/1.TXT"),
-    ):
-        write_tar(tmp_path / "b.tar", first | {name: b"again"})
-        with pytest.raises(DataError, match=rf"b\.tar has two files for the {message}; give each sample a key"):
-            open_source({"kind": "webdataset", "path": str(tmp_path / "b.tar")})
-
-
-def test_images_whose_name_has_a_dot_are_counted_as_bad(tmp_path):
-    members = {f"photo.{n}.{ending}": png(n) for n in range(3) for ending in ("png", "txt")}
-    write_tar(tmp_path / "a.tar", members | {"0.png": png(0), "0.txt": b"good", "._0.png": b"", "0.cls": b"3"})
-    source = open_source({"kind": "webdataset", "path": str(tmp_path / "a.tar"), "name": "w"})
-    assert sorted(source.item_name(i) for i in range(len(source))) == [
-        "w:a.tar/0", "w:a.tar/photo.0", "w:a.tar/photo.1", "w:a.tar/photo.2",
-    ]  # fmt: skip
-    with pytest.raises(DataError, match=r"w:a\.tar/photo\.\d is no sample: .* first dot, so this is '\d' of 'photo'"):
-        source.document(3, visit())
 
 
 def entry(tmp_path: Path, kind: str) -> dict:

@@ -7,13 +7,15 @@ vqa_{split}_annotations.json), or their files one by one; a file named takes the
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from nmm_serve.coco_images import digits_of, names_by_digits
 from nmm_serve.errors import ConfigError, DataError
 from nmm_serve.train.data.documents import Document, caption_document, checked_text, vqa_document
 from nmm_serve.train.data.sources import Source, Visit
 
+T = TypeVar("T")
+IDS = ("id", "image_id", "question_id")
 MAX_QUESTIONS = 8
 """Questions in one chat. Some images of VQA v2 have over a hundred, more than any context holds."""
 
@@ -44,10 +46,10 @@ class CocoCaptions(Source):
             by_image.setdefault(record["image_id"], []).append(record["caption"])
         self._files: list[str] = []
         self._captions: list[list[str]] = []
-        for record in _records(annotations, "images", ("id", "file_name")):
-            if record["id"] in by_image:
-                self._files.append(record["file_name"])
-                self._captions.append(by_image.pop(record["id"]))
+        for image_id, file_name in _file_names(annotations).items():
+            if image_id in by_image:
+                self._files.append(file_name)
+                self._captions.append(by_image.pop(image_id))
         if by_image:
             raise DataError(
                 f"{annotations}: {len(by_image)} captioned images (first: {next(iter(by_image))!r}) are not in images[]"
@@ -99,17 +101,19 @@ class VQAv2(Source):
             captions = data / f"captions_{split}.json"
         self._images = _folder(name, images, data, split)
         self._sampled, self._max_questions = answer == "sampled", max_questions
-        answers = {
-            record["question_id"]: _answers(record, annotations)
-            for record in _records(annotations, "annotations", ("question_id", "answers"))
-        }
+        answers: dict[Any, list[str]] = {}
+        for record in _records(annotations, "annotations", ("question_id", "answers")):
+            _put(answers, record["question_id"], _answers(record, annotations), f"{annotations}: question_id")
         asked: dict[Any, list[tuple[str, list[str]]]] = {}
+        asked_by_id: dict[Any, tuple[Any, str]] = {}
         for record in _records(questions, "questions", ("question_id", "image_id", "question")):
             if record["question_id"] not in answers:
                 raise DataError(
                     f"{questions}: question {record['question_id']!r} has no annotation in {annotations}; "
                     "give the two files of one split"
                 )
+            what = record["image_id"], record["question"]
+            _put(asked_by_id, record["question_id"], what, f"{questions}: question_id")
             pair = record["question"], answers[record["question_id"]]
             asked.setdefault(record["image_id"], []).append(pair)
         names = _image_names(self._images, asked, captions)
@@ -161,7 +165,7 @@ def _image_names(folder: Path, image_ids: dict[Any, Any], captions: Path | None)
     named and counted when they are read.
     """
     if captions is not None:
-        listed = {r["id"]: r["file_name"] for r in _records(captions, "images", ("id", "file_name"))}
+        listed = _file_names(captions)
         names = {image_id: listed.get(image_id) for image_id in image_ids}
     else:
         found = names_by_digits(folder)
@@ -171,6 +175,22 @@ def _image_names(folder: Path, image_ids: dict[Any, Any], captions: Path | None)
         where = f"listed in {captions}" if captions else f"found in {folder} as *{digits_of(absent[0])}.jpg or .png"
         raise DataError(f"{len(absent)} of {len(names)} images of the questions are not {where} (first: {absent[0]!r})")
     return {image_id: file_name or f"{digits_of(image_id)}.jpg" for image_id, file_name in names.items()}
+
+
+def _file_names(path: Path) -> dict[Any, str]:
+    """`file_name` by image id, in the order of the file."""
+    names: dict[Any, str] = {}
+    for record in _records(path, "images", ("id", "file_name")):
+        _put(names, record["id"], record["file_name"], f"{path}: image id")
+    return names
+
+
+def _put(table: dict[Any, T], key: Any, value: T, what: str) -> None:
+    """Raises DataError when the key has another value: which of the two belongs to it, nobody can tell."""
+    if (first := table.setdefault(key, value)) != value:
+        raise DataError(
+            f"{what} {key!r} comes twice, with {first!r} and {value!r}; were files joined? Give each an id of its own"
+        )
 
 
 def _file(name: str, option: str, path: Path | None, data: Path | None, in_folder: str) -> Path:
@@ -192,7 +212,8 @@ def _folder(name: str, images: Path | None, data: Path | None, split: str) -> Pa
 
 
 def _records(path: Path, key: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The list under `key`. Raises DataError for another shape and for a record without one of `fields`."""
+    """The list under `key`. Raises DataError for another shape, and for a record without one of `fields` or with an id
+    that is none."""
     try:
         document = json.loads(path.read_bytes())
     except OSError as error:
@@ -206,4 +227,7 @@ def _records(path: Path, key: str, fields: tuple[str, ...]) -> list[dict[str, An
         absent = [f for f in fields if f not in record] if isinstance(record, dict) else fields
         if absent:
             raise DataError(f"{path}: {key}[{place}] lacks {', '.join(absent)}")
+        for field in fields:
+            if field in IDS and (isinstance(record[field], bool) or not isinstance(record[field], int | float | str)):
+                raise DataError(f"{path}: {key}[{place}] has {field} {record[field]!r}; expected a number or text")
     return records

@@ -11,8 +11,9 @@ from nmm_serve.errors import DataError
 
 
 def expand(paths: Sequence[Path], suffixes: Sequence[str], where: str) -> list[Path]:
-    """Files in the order given: a pattern (`*`, `?`, `**`) stands for what it matches, a folder for its files with one
-    of `suffixes`, both sorted. Raises DataError for what does not exist, and for a file with another suffix."""
+    """Files in the order given: a pattern (`*`, `?`, `**`) stands for what it matches, each file once, a folder for its
+    files with one of `suffixes`, both sorted. Raises DataError for what does not exist, and for a file with another
+    suffix."""
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
@@ -22,7 +23,9 @@ def expand(paths: Sequence[Path], suffixes: Sequence[str], where: str) -> list[P
         elif path.exists():
             found = [path]
         else:
-            found = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+            matches = sorted((Path(m) for m in glob.glob(str(path), recursive=True)), key=lambda m: (len(m.parts), m))
+            # once each: `**` follows links, and one to a folder above it leads to the same files forty times over
+            found = sorted({(m.parent.resolve(), m.name): m for m in reversed(matches)}.values())
             if not found:
                 raise DataError(f"{where}: {path} does not exist")
         files += found

@@ -1,6 +1,7 @@
 """Source kind `webdataset`: tar shards in which files of one name and different endings make a sample."""
 
 import json
+import logging
 import tarfile
 from array import array
 from itertools import accumulate
@@ -13,6 +14,8 @@ from nmm_serve.train.data.files import ReadAt, decode, expand, locate
 from nmm_serve.train.data.options import Paths
 from nmm_serve.train.data.sources import Source, Visit
 
+logger = logging.getLogger(__name__)
+
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 ABSENT = -1
 
@@ -23,7 +26,7 @@ class TarShards(Source):
     `path` is a shard, a folder of shards, a pattern, or a list of these. Only headers are read at the start; a sample
     costs 32 bytes and its key. Samples without an image or a caption count as bad documents, and so do images of keys
     that have none: KEY ends at the first dot, so that `a.b.jpg` is the `b.jpg` of `a`. Raises DataError for two images
-    or two captions of one key in a shard.
+    or two captions of one key in a shard, and for a shard that is damaged or cut short.
     """
 
     kind = "caption"
@@ -53,14 +56,18 @@ class _Shard:
         self._path, self._field, self._read = path, field, ReadAt(path)
         spans: dict[str, dict[str, tuple[int, int]]] = {}
         unused: list[tuple[str, str]] = []
+        members = 0
         try:
             with tarfile.open(path, "r:") as tar:
                 for member in tar:
-                    if not member.isfile():
+                    members += 1
+                    if member.isdir():
                         continue
                     key, slot = _slot(member.name)
                     if slot in ("image", "txt", "json"):
                         sample = spans.setdefault(key, {})
+                        if not member.isfile():  # a link: the sample lacks what it should have held
+                            continue
                         if slot in sample:
                             first = next(m.name for m in tar.getmembers() if _slot(m.name) == (key, slot))
                             raise DataError(
@@ -70,7 +77,10 @@ class _Shard:
                         sample[slot] = member.offset_data, member.size
                     elif slot.rpartition(".")[2] in IMAGES:
                         unused.append((key, member.name.rpartition(".")[0]))
+                _check_end(path, tar.offset, members)
         except tarfile.TarError:
+            if members:
+                raise DataError(f"{path} is damaged or cut short after {members} members; copy it again") from None
             raise DataError(f"{path} is not a plain tar file (compressed shards must be unpacked: gunzip)") from None
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}") from None
@@ -101,7 +111,7 @@ class _Shard:
             )
         if image == ABSENT or text == ABSENT:
             wanted = f"an image ({', '.join(IMAGES)})" if image == ABSENT else "a caption (txt or json)"
-            raise DataError(f"{name} has no member with {wanted}")
+            raise DataError(f"{name} has no member with {wanted}; links are not followed")
         caption = decode(self._read(text, text_size), name)
         return self._read(image, image_size), self._from_json(caption, name) if self._is_json[index] else caption
 
@@ -114,6 +124,23 @@ class _Shard:
         if not isinstance(caption, str):
             raise DataError(f"{name}.json: expected an object with text under {self._field!r}")
         return caption
+
+
+def _check_end(path: Path, end: int, members: int) -> None:
+    """Raise DataError for what stands behind the last member: tarfile stops without a word at a damaged header, and at
+    the end of the first of several archives in one file."""
+    with path.open("rb") as file:
+        file.seek(end)
+        rest = False
+        while block := file.read(2**20):
+            rest = True
+            if block.strip(b"\0"):
+                raise DataError(
+                    f"{path}: what stands behind its first {members} members, from byte {end} on, cannot be read as a "
+                    "member. If it was copied, copy it again; if several archives were joined, give them one by one"
+                )
+    if not rest:
+        logger.warning("%s does not end as a tar file does: it may have been cut short after %d members", path, members)
 
 
 def _slot(member: str) -> tuple[str, str]:
