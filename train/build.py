@@ -1,5 +1,6 @@
 """From a training configuration to a model and its processor."""
 
+import dataclasses
 import logging
 from collections.abc import Iterator
 
@@ -14,7 +15,7 @@ from nmm_serve.models import NMMForConditionalGeneration
 from nmm_serve.presets import preset
 from nmm_serve.processor import NMMProcessor
 from nmm_serve.tokenizer import load_tokenizer, token_ids, train_tokenizer
-from nmm_serve.train.config import TrainConfig
+from nmm_serve.train.config import ModelConfig, TrainConfig
 from nmm_serve.train.data.mixture import Mixture
 from nmm_serve.train.data.sources import Visit
 from nmm_serve.train.start.build import build_started, round_up
@@ -111,6 +112,28 @@ def build_processor(config: TrainConfig, mixture: Mixture) -> NMMProcessor:
     return NMMProcessor(image_processor, tokenizer, chat_template=tokenizer.chat_template)
 
 
+def _tell_unused(config: TrainConfig, its: NMMConfig) -> None:
+    """Warn of what `model` asks for, other than by default, and the model of `init_from` is not."""
+    shape, spec = preset(config.model.preset), config.model
+    default = ModelConfig()
+    unused = []
+    for key in (field.name for field in dataclasses.fields(spec)):
+        if key == "preset":  # late fusion is matched to it, in another shape
+            differs = its.encoder is None and (shape.hidden_size, shape.num_hidden_layers) != (
+                its.hidden_size,
+                its.num_hidden_layers,
+            )
+        else:
+            differs = hasattr(its, key) and getattr(its, key) != getattr(spec, key)
+        if differs and getattr(spec, key) != getattr(default, key):
+            unused.append(f"model.{key} {getattr(spec, key)!r}")
+    if unused:
+        logger.warning(
+            "init_from brings its model, and this has no effect: %s. What %s has is shown by nmm-serve info",
+            ", ".join(unused), config.init_from,
+        )  # fmt: skip
+
+
 def build(config: TrainConfig, mixture: Mixture) -> tuple[NMMForConditionalGeneration, NMMProcessor]:
     """A fresh model, one with parts of `start`, or the one of `init_from` with its own tokenizer and image sizes.
 
@@ -128,6 +151,7 @@ def build(config: TrainConfig, mixture: Mixture) -> tuple[NMMForConditionalGener
                 f"context_length {config.context_length} is over that of {config.init_from}, "
                 f"{model.config.max_position_embeddings}"
             )
+        _tell_unused(config, model.config)
         return model.float(), load_processor(config.init_from)
     if config.start.decoder is not None or config.start.encoder is not None:
         return build_started(config, lambda: build_processor(config, mixture))

@@ -221,6 +221,8 @@ class TrainConfig:
         given = [name for name in ("decoder", "encoder") if getattr(self.start, name) is not None]
         if given and self.init_from is not None:
             raise ConfigError(f"init_from brings a whole model, so start.{given[0]} has no place beside it; remove one")
+        if self.init_from is not None and self.tokenizer.path is not None:
+            raise ConfigError("init_from brings its own tokenizer; remove tokenizer.path")
         if self.start.encoder is not None and not self.model.family.startswith("late"):
             raise ConfigError(
                 f"start.encoder is an image encoder for model.family late or late-moe, not {self.model.family!r}"
