@@ -128,6 +128,8 @@ def check_checkpoint(path: str | Path) -> Path:
     if not (path / WEIGHTS).is_file() and not (path / f"{WEIGHTS}.index.json").is_file():
         pickles = [p.name for p in path.glob("*.bin")] + [p.name for p in path.glob("*.pt")]
         hint = f"; {pickles[0]} is a pickle, which can run code and is never loaded" if pickles else ""
+        if (path / "training" / "shards").is_dir():
+            hint = ": several processes wrote its weights in shards, which only their run goes on from; use its final"
         raise CheckpointError(f"{path} has no {WEIGHTS}{hint}")
     return path
 

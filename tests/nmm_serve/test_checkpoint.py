@@ -65,6 +65,13 @@ def test_directories_that_are_no_checkpoint(tmp_path, copy):
         check_checkpoint(copy)
 
 
+def test_shards_of_several_processes_are_named(copy):
+    (copy / "model.safetensors").unlink()
+    (copy / "training/shards").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors: several processes .* in shards"):
+        check_checkpoint(copy)
+
+
 def test_pickles_are_never_loaded(copy):
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is a pickle"):
