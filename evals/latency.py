@@ -9,10 +9,12 @@ arrive when a Poisson process says so (`evals/lab/arrivals.py`).
 - A failed request is counted and named, and its time enters no average.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,7 +57,9 @@ DEFINITIONS = {
     "goodput_requests_per_s": "successful requests that meet every limit of the SLO / the same seconds; a request of "
     "one token has no TPOT and meets any",
     "failed": "requests that came back with an error; they enter no average",
-    "quantiles": "of single requests, linear between order statistics; intervals: percentile bootstrap over requests",
+    "quantiles": "of single requests, linear between order statistics; intervals: percentile bootstrap over whole "
+    "waves, whose requests wait for each other; in open loop over requests, as if they were independent, and so too "
+    "narrow where they queue",
     "peak_rss_bytes": "largest resident memory of the engine's process since the model was loaded, where the system "
     "can start that count anew, else since the process began",
 }
@@ -235,7 +239,9 @@ def _closed(
         outputs += engine.generate(wave)
         wall_s += time.perf_counter() - start
         progress(concurrency)
-    summary = summarise(outputs, wall_s, workload.output_tokens, seed, slo=load.slo, reason=UNSEEN.get(engine.name))
+    summary = summarise(
+        outputs, wall_s, workload.output_tokens, seed, wave=concurrency, slo=load.slo, reason=UNSEEN.get(engine.name)
+    )
     return {"workload": workload.as_dict(), "warmup": warmup, **summary}
 
 
@@ -265,7 +271,7 @@ def _open(
         "workload": workload.as_dict(),
         "warmup": warmup,
         **summary,
-        "dispatch_delay_s": quantiles(driven.delays_s, seed),
+        "dispatch_delay_s": quantiles(driven.delays_s, seed=seed),
     }
 
 
@@ -275,20 +281,27 @@ def summarise(
     output_tokens: int,
     seed: int = 0,
     *,
+    wave: int = 1,
     slo: Sequence[tuple[str, float]] = (),
     reason: str | None = None,
 ) -> dict[str, Any]:
     """Quantiles with intervals over the successful requests. A number that cannot be had is None with a reason.
 
-    `reason`: why the engine does not tell the parts of a request.
+    Args:
+        wave: how many of `outputs`, in their order, were handed over together each time. They wait for each other, so
+            that a wave and not a request is what intervals draw.
+        reason: why the engine does not tell the parts of a request.
     """
     good = [output for output in outputs if output.error is None]
     errors = [output.error for output in outputs if output.error is not None]
+    waves = [position // wave for position, output in enumerate(outputs) if output.error is None]
     tokens = [output.num_tokens for output in good]
     timings = [output.timing for output in good]
-    gaps = [b - a for t in timings for a, b in zip(t.token_s, t.token_s[1:], strict=False)]
+    gaps = [(b - a, w) for t, w in zip(timings, waves, strict=True) for a, b in itertools.pairwise(t.token_s)]
+    paces = [(tpot(output), w) for output, w in zip(good, waves, strict=True) if output.num_tokens > 1]
     chunks = sum(len(t.token_s) for t in timings)
-    parts = {name: quantiles([getattr(t, name) for t in timings], seed, reason=reason) for name in PARTS}
+    drawn = partial(quantiles, seed=seed, unit="request" if wave == 1 else "wave")
+    parts = {name: drawn([getattr(t, name) for t in timings], waves, reason=reason) for name in PARTS}
     return {
         "n": len(outputs),
         "failed": len(errors),
@@ -299,15 +312,15 @@ def summarise(
         "prompt_tokens": _range([output.num_prompt_tokens for output in good]),
         "requests_per_s": len(good) / wall_s if good else None,
         "output_tokens_per_s": sum(tokens) / wall_s if good else None,
-        "ttft_s": quantiles([t.ttft_s for t in timings], seed, keep=True),
-        "tpot_s": quantiles([tpot(output) for output in good if output.num_tokens > 1], seed, keep=True),
-        "itl_s": quantiles(gaps, seed),
+        "ttft_s": drawn([t.ttft_s for t in timings], waves, keep=True),
+        "tpot_s": drawn([pace for pace, _ in paces], [w for _, w in paces], keep=True),
+        "itl_s": drawn([gap for gap, _ in gaps], [w for _, w in gaps]),
         "itl_unit": "token" if chunks == sum(tokens) else f"chunk ({chunks} chunks for {sum(tokens)} tokens)",
-        "e2e_s": quantiles([t.e2e_s for t in timings], seed, keep=True),
+        "e2e_s": drawn([t.e2e_s for t in timings], waves, keep=True),
         "parts": parts
         | {
-            "wait_s": quantiles([_wait(output) for output in good], seed, reason=reason),
-            "decode_s": quantiles([_difference(t.e2e_s, t.ttft_s) for t in timings], seed),
+            "wait_s": drawn([_wait(output) for output in good], waves, reason=reason),
+            "decode_s": drawn([_difference(t.e2e_s, t.ttft_s) for t in timings], waves),
         },
         **_goodput(outputs, good, wall_s, slo),
     }
@@ -351,9 +364,16 @@ def _goodput(
 
 
 def quantiles(
-    values: Sequence[float | None], seed: int, keep: bool = False, reason: str | None = None
+    values: Sequence[float | None],
+    waves: Sequence[int] | None = None,
+    *,
+    seed: int,
+    unit: str = "request",
+    keep: bool = False,
+    reason: str | None = None,
 ) -> dict[str, Any]:
-    """`keep` puts the single values into the record too: a comparison of two runs draws from them."""
+    """`waves`: of each value, for the intervals. `keep` puts the single values, and their waves, into the record too: a
+    comparison of two runs draws from them."""
     known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
         lacking = len(values) - len(known)
@@ -362,11 +382,12 @@ def quantiles(
         elif reason is None or known:
             reason = f"the engine timed {len(known)} of {len(values)} requests"
         return {"n": len(known), "mean": None, "reason": reason}
-    intervals = stats.quantile_intervals(known, QUANTILES, seed=seed)
+    intervals = stats.quantile_intervals(known, QUANTILES, waves, seed=seed, unit=unit)
     summary: dict[str, Any] = {"n": len(known), "mean": float(np.mean(known))}
     for quantile, interval in zip(QUANTILES, intervals, strict=True):
         summary[f"p{100 * quantile:g}"] = float(np.quantile(known, quantile))
         summary[f"p{100 * quantile:g}_interval"] = interval.as_dict() if interval else None
     if keep:
         summary["values"] = known
+        summary |= {} if waves is None else {"waves": list(waves)}
     return summary

@@ -176,20 +176,35 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 def quantile_intervals(
     values: Sequence[float] | Array,
     quantiles: Sequence[float],
+    clusters: Sequence[Hashable] | None = None,
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
     level: float = LEVEL,
     unit: str = "request",
 ) -> list[Interval | None]:
-    """Interval of each quantile of `values`, drawing single values (requests) with replacement."""
+    """Interval of each quantile of `values`, drawing whole clusters; without `clusters`, single values (requests)."""
     values_N = np.asarray(values, dtype=float)
-    if len(values_N) < 2:
+    index_N, num_clusters = cluster_index(range(len(values_N)) if clusters is None else clusters)
+    assert len(index_N) == len(values_N)
+    if num_clusters < 2:
         return [None] * len(quantiles)
-    rng = np.random.default_rng(seed)
-    drawn_RN = values_N[rng.integers(0, len(values_N), size=(resamples, len(values_N)))]
-    resampled_QR = np.quantile(drawn_RN, quantiles, axis=1)
-    return [percentile_interval(row_R, len(values_N), unit, level) for row_R in resampled_QR]
+    items = _draw_items(index_N, num_clusters, resamples, seed)
+    if isinstance(items, list):
+        resampled_QR = np.stack([np.quantile(values_N[row], quantiles) for row in items], axis=1)
+    else:
+        resampled_QR = np.quantile(values_N[items], quantiles, axis=1)
+    return [percentile_interval(row_R, num_clusters, unit, level) for row_R in resampled_QR]
+
+
+def _draw_items(index_N: Array, num_clusters: int, resamples: int, seed: int) -> Array | list[Array]:
+    """Positions of the items of each resample of whole clusters: one array where all clusters are of one size, else an
+    array a resample."""
+    members = [np.flatnonzero(index_N == cluster) for cluster in range(num_clusters)]
+    drawn_RC = np.random.default_rng(seed).integers(0, num_clusters, size=(resamples, num_clusters))
+    if len({len(member) for member in members}) == 1:
+        return np.stack(members)[drawn_RC].reshape(resamples, -1)
+    return [np.concatenate([members[c] for c in row_C]) for row_C in drawn_RC]
 
 
 def paired_ratio(
@@ -210,12 +225,10 @@ def paired_ratio(
     ratio = float(statistic(values_2N[0]) / statistic(values_2N[1]))
     if num_clusters < 2:
         return ratio, None
-    members = [np.flatnonzero(index_N == cluster) for cluster in range(num_clusters)]
-    drawn_RC = np.random.default_rng(seed).integers(0, num_clusters, size=(resamples, num_clusters))
-    if len({len(member) for member in members}) == 1:
-        items_RN = np.stack(members)[drawn_RC].reshape(resamples, -1)
-        ratios_R = statistic(values_2N[0][items_RN], axis=1) / statistic(values_2N[1][items_RN], axis=1)
+    a_N, b_N = values_2N
+    items = _draw_items(index_N, num_clusters, resamples, seed)
+    if isinstance(items, list):
+        ratios_R = np.array([statistic(a_N[row]) / statistic(b_N[row]) for row in items])
     else:
-        drawn = [values_2N[:, np.concatenate([members[c] for c in row_C])] for row_C in drawn_RC]
-        ratios_R = np.array([statistic(a_N) / statistic(b_N) for a_N, b_N in drawn])
+        ratios_R = statistic(a_N[items], axis=1) / statistic(b_N[items], axis=1)
     return ratio, percentile_interval(ratios_R, num_clusters, unit, level)

@@ -95,7 +95,15 @@ def interleave(
         {
             "model": name,
             "warmup": warmup[name],
-            **summarise(outputs[name], walls[name], cell.workload.output_tokens, seed, slo=load.slo, reason=reason),
+            **summarise(
+                outputs[name],
+                walls[name],
+                cell.workload.output_tokens,
+                seed,
+                wave=cell.concurrency,
+                slo=load.slo,
+                reason=reason,
+            ),
         }
         for name in outputs
     ]

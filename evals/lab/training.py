@@ -92,7 +92,7 @@ def measure_steps(
             {
                 "model": name,
                 "n": len(values),
-                "step_s": quantiles(values, seed, keep=True),
+                "step_s": quantiles(values, seed=seed, keep=True),
                 "samples_per_s": BATCH * len(values) / sum(values),
             }
             for name, values in seconds.items()

@@ -12,9 +12,10 @@ pytest.importorskip("pycocoevalcap", reason="needs the extra `evals`")
 
 from nmm_serve.errors import DataError
 from nmm_serve.evals import caption, stats
-from nmm_serve.evals.compare import Measure, _judge, _median_statistic, compare
+from nmm_serve.evals.compare import _judge, compare
 from nmm_serve.evals.datasets import find_files
 from nmm_serve.evals.latency import Load
+from nmm_serve.evals.measures import Measure, latency_measures, median_statistic
 from nmm_serve.evals.run import Options, evaluate, load_data
 from nmm_serve.evals.tokenizer import FallbackTokenizer
 
@@ -192,7 +193,46 @@ def test_median_of_a_draw(count):
     values = [rng.random() for _ in range(count)]
     for counts in np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=20):
         drawn = [v for v, c in zip(values, counts, strict=True) for _ in range(c)]
-        assert _median_statistic(values)(counts[None])[0] == pytest.approx(np.median(drawn))
+        assert median_statistic(values, np.arange(count))(counts[None])[0] == pytest.approx(np.median(drawn))
+
+
+def test_median_of_a_draw_of_waves():
+    """A wave drawn twice brings each of its requests twice; waves may differ in size, where a request had one token."""
+    values, wave_N = [5.0, 1.0, 4.0, 2.0, 9.0], np.array([0, 0, 1, 1, 2])
+    (median,) = median_statistic(values, wave_N)(np.array([[2, 0, 1]]))
+    assert median == np.median([5, 1, 5, 1, 9])
+
+
+def timed_record(waves, concurrency, told=True):
+    """A record of times that are equal within each wave, as a batch that ends together has them."""
+    values = np.repeat(waves, concurrency).tolist()
+    kept = {"values": values} | ({"waves": np.repeat(range(len(waves)), concurrency).tolist()} if told else {})
+    level = {"concurrency": concurrency, "n": len(values), "ttft_s": kept, "tpot_s": kept, "e2e_s": kept}
+    return {
+        "environment": {"cpu": "x", "cpu_count": 2, "gpus": []},
+        "tasks": {"latency": {"output_tokens": 8, "prompt": "p", "images": "i", "levels": [level]}},
+    }
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["waves told", "an older record"])
+def test_equal_models_are_rarely_called_different_in_times(told):
+    """Eight requests that wait for each other are one observation: drawn singly, nearly half of these pairs of equal
+    models would be called different."""
+    rng, alarms = np.random.default_rng(0), 0
+    for trial in range(100):
+        records = [timed_record(0.1 * (1 + 0.05 * rng.normal(size=32)), 8, told) for _ in range(2)]
+        measure = next(m for m in latency_measures(records, [], {}) if m.name == "E2E ms at 8")
+        assert (measure.unit, measure.clusters, measure.n) == ("wave", (32, 32), 256)
+        alarms += _judge(measure, ("a", "b"), 200, trial)["pairs"][0]["better"] is not None
+    assert alarms <= 12  # of 100; more than that has a chance below one in two hundred
+
+
+def test_older_times_whose_waves_cannot_be_told_are_left_out():
+    records = [timed_record([0.1, 0.2, 0.3], 4, told=False) for _ in range(2)]
+    records[1]["tasks"]["latency"]["levels"][0]["n"] += 1  # a request of one token had no TPOT
+    left_out = {}
+    assert latency_measures(records, [], left_out) == []
+    assert "without the waves" in left_out["TPOT ms at 4"]
 
 
 def test_many_models_can_still_be_told_apart(make):

@@ -41,6 +41,19 @@ def test_one_token_has_no_time_per_output_token():
     assert level["tpot_s"]["mean"] == 1.0
 
 
+def test_intervals_draw_whole_waves():
+    """What was handed over together waits for each other: four requests in two waves are two observations."""
+    outputs = [timed(1.0, 3.0, 3), failed(), timed(2.0, 5.0, 1), timed(2.5, 5.0, 3)]
+    level = summarise(outputs, 1.0, 3, wave=2)
+    assert level["e2e_s"]["values"] == [3.0, 5.0, 5.0]
+    assert level["e2e_s"]["waves"] == [0, 1, 1]
+    assert level["tpot_s"]["waves"] == [0, 1]
+    interval = level["e2e_s"]["p50_interval"]
+    assert (interval["clusters"], interval["unit"]) == (2, "wave")
+    single = summarise([timed(1.0, 3.0, 3), timed(2.0, 5.0, 3)], 1.0, 3)["e2e_s"]["p50_interval"]
+    assert (single["clusters"], single["unit"]) == (2, "request")
+
+
 def test_gaps_between_tokens():
     output = Output(text="x", num_tokens=3, timing=Timing(ttft_s=1.0, e2e_s=1.7, token_s=(1.0, 1.2, 1.7)))
     assert summarise([output], 1.0, 3)["itl_s"]["mean"] == pytest.approx(0.35)

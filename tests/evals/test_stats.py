@@ -86,3 +86,18 @@ def test_quantile_intervals_hold_the_quantile():
     assert median is not None
     assert median.low < np.median(values) < median.high
     assert stats.quantile_intervals([1.0], [0.5, 0.9]) == [None, None]
+
+
+@pytest.mark.parametrize("last", [3, 1], ids=["equal clusters", "a smaller one"])
+def test_quantile_intervals_draw_whole_clusters(last):
+    values = [1.0, 2.0, 3.0, 10.0, 20.0, 30.0, 5.0, 6.0, 7.0][: 6 + last]
+    clusters = [0, 0, 0, 1, 1, 1, 2, 2, 2][: 6 + last]
+    intervals = stats.quantile_intervals(values, [0.5, 0.9], clusters, resamples=200, seed=1, unit="wave")
+    groups = [np.array(values[i : i + 3]) for i in (0, 3, 6)]
+    rows = np.random.default_rng(1).integers(0, 3, size=(200, 3))
+    for quantile, interval in zip((0.5, 0.9), intervals, strict=True):
+        drawn = [np.quantile(np.concatenate([groups[i] for i in row]), quantile) for row in rows]
+        assert interval is not None
+        assert (interval.low, interval.high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])))
+        assert (interval.clusters, interval.unit) == (3, "wave")
+    assert stats.quantile_intervals([1.0, 2.0], [0.5], ["a", "a"]) == [None]
