@@ -52,7 +52,7 @@ def progress_bars() -> Iterator[Progress]:
     """Progress bars with count, time gone and time left, on stderr; silent where stderr is not a terminal."""
     console = stderr_console()
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -64,8 +64,11 @@ def progress_bars() -> Iterator[Progress]:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> None:
-    """A table on stdout: the first column left-aligned, the others right-aligned. Cells are plain text, not markup."""
-    table = Table(title=title or None, caption=caption, title_justify="left", caption_justify="left")
+    """A table on stdout: the first column left-aligned, the others right-aligned. All of it is plain text, not markup:
+    models, files and question types are called as they please."""
+    table = Table(title_justify="left", caption_justify="left")
+    table.title = Text(title, "table.title") if title else None
+    table.caption = Text(caption, "table.caption") if caption else None
     for index, name in enumerate(columns):
         table.add_column(Text(name), justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
