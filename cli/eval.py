@@ -211,11 +211,13 @@ def all_(**options: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
 def table(records: tuple[Path, ...], as_json: bool) -> None:
     """Print one comparison table of RECORDS."""
-    from nmm_serve.evals.records import load_record
+    from nmm_serve.evals.records import load_record, tell_apart
     from nmm_serve.evals.table import join, joined
 
     loaded = [load_record(path) for path in records]
-    _print_comparison([join([loaded[i] for i in group]) for group in joined(loaded)], as_json)
+    rows = [join([loaded[i] for i in group]) for group in joined(loaded)]
+    tell_apart(rows)  # the remarks below the table call them by name
+    _print_comparison(rows, as_json)
 
 
 @main.command()

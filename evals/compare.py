@@ -45,7 +45,7 @@ DEFINITIONS = {
         "a range says that the order inside it cannot be told"
     ),
     "times": (
-        "medians; for each model by itself, whole waves of requests are drawn, which wait for each other; "
+        "medians; for each model by itself, whole waves are drawn, since their requests wait for each other; "
         "images above read waves (requests, where a wave is one)"
     ),
     "METEOR": "mean over images of METEOR 1.5, not the corpus score, which only Java can resample",

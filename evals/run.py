@@ -14,11 +14,12 @@ from typing import Any
 
 from nmm_serve.engines import default_engine, open_engine
 from nmm_serve.engines.base import Engine, Output
-from nmm_serve.errors import DataError, NMMError
+from nmm_serve.errors import DataError
 from nmm_serve.evals import caption, latency, text, vqa
 from nmm_serve.evals.answers import Answers, identity
 from nmm_serve.evals.asking import ask
 from nmm_serve.evals.datasets import CaptionSet, Files, Id, Question, VQASet, load_captions, load_vqa
+from nmm_serve.evals.lab.process import told
 from nmm_serve.evals.latency import Load
 from nmm_serve.evals.records import Record, check_place, new_record, publish, write_record
 from nmm_serve.evals.samples import CARRIED, by_hash, thumbnail
@@ -114,9 +115,9 @@ def evaluate(
     """Run the tasks, write the record to `options.out` and return it. `measured`: sections that are there already;
     `startup_s`: how long opening the engine took.
 
-    A request that fails does not raise but is counted and named in the record. When a task breaks off, what was
-    finished before it is written, and the record names under `unfinished` that task with the reason, and those after
-    it. Raises that error (EngineError, DataError, ...) when nothing was finished.
+    A request that fails does not raise but is counted and named in the record. When a task breaks off, by whatever
+    error (a GPU that runs out of memory is torch's own), what was finished before it is written, and the record names
+    under `unfinished` that task with the reason, and those after it. Raises that error when nothing was finished.
     """
     record = new_record(engine, name=options.name, seed=options.seed)
     items: list[dict[str, Any]] = []
@@ -126,12 +127,12 @@ def evaluate(
         before = len(items)
         try:
             record["tasks"][task] = step()
-        except NMMError as error:
+        except Exception as error:
             if not record["tasks"] and not measured:
                 raise
             del items[before:]
             later = dict.fromkeys(list(steps)[position + 1 :], f"not begun, since {task} broke off")
-            record["unfinished"] = {task: str(error), **later}
+            record["unfinished"] = {task: told(error), **later}
             break
     record["tasks"] |= measured or {}
     complete = all(section.get("complete", True) for section in record["tasks"].values())

@@ -72,19 +72,27 @@ def test_all_is_one_record_from_one_engine(data, engine, tmp_path):
     assert 0 < tasks["text"]["tasks"]["nmm_story"]["metrics"]["acc"] < 1
 
 
-def test_all_keeps_what_was_finished_when_the_engine_breaks(data, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (EngineError("the engine died"), "the engine died"),
+        (RuntimeError("out of memory"), "RuntimeError: out of memory"),
+    ],
+    ids=["our error", "torch's own"],
+)
+def test_all_keeps_what_was_finished_when_the_engine_breaks(data, monkeypatch, tmp_path, error, told):
     class Broken(FakeEngine):
         def loglikelihood(self, requests, progress=None):
-            raise EngineError("the engine died")
+            raise error
 
     monkeypatch.setattr(nmm_serve.evals.run, "open_engine", lambda model, *_args, **_options: Broken(oracle, model))
     result = run("all", "--model", "m", "--data", data, "-o", "all.json", *QUICK)
     assert result.exit_code == 1
-    assert "text: not finished: the engine died" in result.stderr.splitlines()[-1]
+    assert f"text: not finished: {told}" in result.stderr.splitlines()[-1]
     record = json.loads((tmp_path / "all.json").read_text())
     assert list(record["tasks"]) == ["vqa", "caption", "latency"]
     assert record["tasks"]["vqa"]["accuracy"] == 100
-    assert record["unfinished"] == {"text": "the engine died"}
+    assert record["unfinished"] == {"text": told}
     assert record["final"] is False
 
 
@@ -193,6 +201,14 @@ def test_table_and_report_of_several_records(data, engine, tmp_path):
     report = run("report", "a.json", "b.json", "-o", "out.html")
     assert report.exit_code == 0, report.stderr
     assert "</html>" in (tmp_path / "out.html").read_text()
+
+
+def test_records_of_one_name_are_told_apart_in_rows_and_remarks(data, engine, tmp_path):
+    for name in ("a", "b"):
+        assert run("vqa", "--model", name, "--name", "final", "--data", data, "--limit", 2, "-o", f"{name}.json")
+    table = json.loads(run("table", "a.json", "b.json", "--json").stdout)
+    assert [row["model"] for row in table["rows"]] == ["final (fake)", "final (fake) #2"]
+    assert [line.partition(":")[0] for line in table["notes"]] == ["final (fake)", "final (fake) #2"]
 
 
 def test_compare_prints_tables_or_one_document_and_writes_it(data, engine, tmp_path):
