@@ -32,7 +32,7 @@ COMPARISON_DEFINITIONS = {
     "operator_calls": "operators that one request makes torch call, views left out, nothing compiled: up to the first "
     "token, and for each further token",
     "failures": "models that did not open or broke off; `cell` says where. A model that broke off is in none of that "
-    "cell's numbers, the others are",
+    "cell's numbers, the others are; a cell that ended all of them twice has no results",
 }
 _SAME = ("seed", "images", "load", "groups", "environment")
 """What must be equal for a document to be taken up."""
@@ -59,7 +59,8 @@ def new_document(groups: Sequence[Group], load: Load, files: Sequence[Path], see
 
 def take_up(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
     """The document at `path` for a run that would begin with `fresh`. What is in it stays; models that did not open
-    in an unfinished run are tried again, and so is the cell in which its last model broke off.
+    in an unfinished run are tried again, and so is the cell in which its last model broke off (once: see
+    `Comparison.close_cell`).
 
     Raises DataError when it was measured otherwise.
     """

@@ -1,7 +1,7 @@
 """Models side by side: every size with every engine, one after the other, and what training costs.
 
-What fails is named and left out; the rest goes on. A run whose models have all ended stays unfinished, for --resume.
-The document at `out` is up to date after each cell.
+What fails is named and left out; the rest goes on. A run whose models have all ended stays unfinished, for --resume; a
+cell that ends them all again is then put in as failed. The document at `out` is up to date after each cell.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from nmm_serve.errors import EngineError, NMMError
 from nmm_serve.evals.lab import ledger, resources
 from nmm_serve.evals.lab.contenders import Contender, Group, check_equal
 from nmm_serve.evals.lab.document import cell_name, keep, new_document, take_up, training_cell_name
-from nmm_serve.evals.lab.interleave import cells, interleave
+from nmm_serve.evals.lab.interleave import Cell, cells, interleave
 from nmm_serve.evals.lab.process import told
 from nmm_serve.evals.lab.training import BATCH, Trainee, measure_steps
 from nmm_serve.evals.lab.worker import Worker
@@ -77,10 +77,17 @@ class Comparison:
         self.document["failures"].append(failure)
         self.keep()
 
-    def open(self, stack: ExitStack, group: Group, engine: str, start: Callable[[Contender], Any]) -> list[Any]:
+    def open(
+        self,
+        stack: ExitStack,
+        group: Group,
+        engine: str,
+        contenders: Sequence[Contender],
+        start: Callable[[Contender], Any],
+    ) -> list[Any]:
         """A process for each model; those that do not open are named and left out."""
         opened = []
-        for contender in group.contenders:
+        for contender in contenders:
             try:
                 child = start(contender)
             except Exception as error:  # whatever one model does, the others go on
@@ -90,20 +97,55 @@ class Comparison:
             opened.append(child)
         return opened
 
+    def go_through(
+        self,
+        section: str,
+        run: dict[str, Any],
+        group: Group,
+        plan: Sequence[Any],
+        start: Callable[[Contender], Any],
+        measure: Callable[[list[Any], Any], dict[str, Any]],
+        name: Callable[[dict[str, Any]], str],
+        costs: Callable[[Any], dict[str, Any]],
+    ) -> None:
+        """Measure the cells of `plan` that the run lacks, all its models open at once."""
+        contenders: Sequence[Contender] = group.contenders
+        while True:
+            put_in = False
+            with ExitStack() as stack:
+                models = self.open(stack, group, run["engine"], contenders, start)
+                names = [model.name for model in models]
+                for cell in plan[len(run["cells"]) :] if models else ():
+                    measured = measure(models, cell)
+                    put_in = self.close_cell(section, run, group, measured, name(measured), models)
+                    if not models:
+                        break
+                self.close_run(run, group, models, costs)
+            if models or not put_in:
+                return
+            contenders = [contender for contender in contenders if contender.name in names]  # anew, for what is left
+
     def close_cell(
         self, section: str, run: dict[str, Any], group: Group, cell: dict[str, Any], name: str, models: list[Any]
     ) -> bool:
-        """Put a measured cell into the document; models whose process has ended leave `models`. False when none is
-        left: a cell that gave nothing is then not put in, and like those after it waits to be taken up."""
+        """Put a measured cell into the document; models whose process has ended leave `models`.
+
+        False for a cell that is not put in: the first time that one gave nothing and ended all models, it waits, like
+        those after it, to be taken up. Ended again, it is no accident, and stands there without results.
+        """
         for failure in cell.pop("failures"):
             self.fail(group, run["engine"], failure["model"], name, failure["error"])
         models[:] = [model for model in models if model.alive]
-        if cell["results"] or models:
+        put_in = bool(cell["results"] or models or run.get("ended_in") == name)
+        if put_in:
             run["cells"].append(cell)
+            run.pop("ended_in", None)
+        else:
+            run["ended_in"] = name
         if not any(run is known for known in self.document[section]):
             self.document[section].append(run)
         self.keep()
-        return bool(models)
+        return put_in
 
     def close_run(
         self, run: dict[str, Any], group: Group, models: list[Any], costs: Callable[[Any], dict[str, Any]]
@@ -139,22 +181,19 @@ class Comparison:
             options = settings(engine, self.load, len(group.contenders))
             return Worker(contender.name, str(model), engine, options, files=self.files, seed=self.seed)
 
-        with ExitStack() as stack:
-            workers: list[Worker] = self.open(stack, group, engine, start)
-            for cell in plan[len(run["cells"]) :] if workers else ():
-                measured = interleave(
-                    workers, cell, self.load, numbers, baseline=group.baseline, image_size=group.image_size,
-                    seed=self.seed, reason=UNSEEN.get(engine), progress=progress,
-                )  # fmt: skip
-                if not self.close_cell("runs", run, group, measured, cell_name(measured), workers):
-                    break
-            by_name = {contender.name: contender for contender in group.contenders}
+        def measure(workers: list[Worker], cell: Cell) -> dict[str, Any]:
+            return interleave(
+                workers, cell, self.load, numbers, baseline=group.baseline, image_size=group.image_size,
+                seed=self.seed, reason=UNSEEN.get(engine), progress=progress,
+            )  # fmt: skip
 
-            def costs(worker: Worker) -> dict[str, Any]:
-                first, _, _ = (next(numbers) for _ in range(3))  # what it takes to count operator calls
-                return measured_costs(by_name[worker.name], worker, exports[worker.name], self.load, first)
+        by_name = {contender.name: contender for contender in group.contenders}
 
-            self.close_run(run, group, workers, costs)
+        def costs(worker: Worker) -> dict[str, Any]:
+            first, _, _ = (next(numbers) for _ in range(3))  # what it takes to count operator calls
+            return measured_costs(by_name[worker.name], worker, exports[worker.name], self.load, first)
+
+        self.go_through("runs", run, group, plan, start, measure, cell_name, costs)
 
     def train(self, group: Group) -> None:
         """Training steps of all models of a group, at every resolution of the load."""
@@ -172,20 +211,16 @@ class Comparison:
         def start(contender: Contender) -> Trainee:
             return Trainee(contender.name, contender.path, files=self.files, seed=self.seed)
 
-        with ExitStack() as stack:
-            trainees: list[Trainee] = self.open(stack, group, TRAINING, start)
-            for resolution in plan[len(run["cells"]) :] if trainees else ():
-                cell = measure_steps(
-                    trainees, resolution, rounds, warmup, numbers, baseline=group.baseline,
-                    image_size=group.image_size, seed=self.seed, progress=progress,
-                )  # fmt: skip
-                if not self.close_cell("training", run, group, cell, training_cell_name(cell), trainees):
-                    break
+        def measure(trainees: list[Trainee], resolution: int | None) -> dict[str, Any]:
+            return measure_steps(
+                trainees, resolution, rounds, warmup, numbers, baseline=group.baseline,
+                image_size=group.image_size, seed=self.seed, progress=progress,
+            )  # fmt: skip
 
-            def costs(trainee: Trainee) -> dict[str, Any]:
-                return {"model": trainee.name, "settings": trainee.about, "memory": trainee.memory()}
+        def costs(trainee: Trainee) -> dict[str, Any]:
+            return {"model": trainee.name, "settings": trainee.about, "memory": trainee.memory()}
 
-            self.close_run(run, group, trainees, costs)
+        self.go_through("training", run, group, plan, start, measure, training_cell_name, costs)
 
 
 def compare(

@@ -160,6 +160,22 @@ def test_what_no_model_was_left_for_is_measured_on_resume(compare, tmp_path, las
     ]
 
 
+def test_a_cell_that_always_ends_all_models_does_not_hold_up_the_rest(compare):
+    """As one does that needs more memory than there is: on --resume it ended them again, for ever."""
+    both = ("early", "late")
+    compare(4, broken=both)
+    found = compare(4, broken=both, resume=True)
+    assert found["final"]
+    (run,) = found["runs"]
+    assert [[r["model"] for r in cell["results"]] for cell in run["cells"]] == [[*both], [], [*both]]
+    assert [model["model"] for model in run["models"]] == [*both]
+    named = [f"tiny torch {name}, 64 px, concurrency 2: its process is gone" for name in both]
+    assert document.failed(found) == named
+    assert "64 px, x2" in plots.ratios(found), "a place of its own, and no point there"
+    again = compare(4, broken=both, resume=True)
+    assert (again["runs"], again["failures"]) == (found["runs"], found["failures"])
+
+
 def test_an_interrupted_comparison_is_taken_up(compare, monkeypatch):
     whole = compare()
 
