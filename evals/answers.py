@@ -29,7 +29,8 @@ _SPEED_ONLY = frozenset({
     "threads", "batch_size", "concurrency", "max_num_seqs", "max_num_batched_tokens", "kv_cache_tokens",
     "prefix_caching", "image_cache", "use_cache", "enforce_eager",
 })  # fmt: skip
-"""What engines tell of themselves that makes them faster or slower only. Anything not listed is part of the key."""
+"""What engines tell of themselves that makes them faster or slower only. Anything not listed is part of the key, and
+the batch size too where the engine says `answers_depend_on_batch`."""
 _NOT_THE_MODEL = frozenset({"run.json"})
 _NO_MODEL_FILE = frozenset({".html", ".jsonl", ".log", ".md", ".png", ".svg"})
 """What evaluations, and people, put beside weights."""
@@ -49,10 +50,12 @@ def identity(engine: Engine, seed: int) -> dict[str, Any] | None:
     if engine.model.startswith(("http://", "https://")) or not folder.is_dir():
         return None
     files = sorted(path for path in folder.rglob("*") if path.is_file() and _is_of_the_model(path, folder))
+    about = engine.describe()
+    speed_only = _SPEED_ONLY - ({"batch_size"} if about.get("answers_depend_on_batch") else set())
     return {
         "files": {path.relative_to(folder).as_posix(): _file_digest(path) for path in files},
         "template": CHAT_TEMPLATE,
-        "engine": {key: value for key, value in engine.describe().items() if key not in _SPEED_ONLY},
+        "engine": {key: value for key, value in about.items() if key not in speed_only},
         "nmm-serve": __version__,
         "seed": seed,
     }

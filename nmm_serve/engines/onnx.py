@@ -60,6 +60,8 @@ class OnnxEngine(InChunks):
             "dtype": {"none": "float32"}.get(self.manifest.quantization, self.manifest.quantization),
             "threads": self.threads,
             "batch_size": self.batch_size,
+            # int8: one scale for all rows of a step; int4: another kernel for a row that is alone in its step
+            **({"answers_depend_on_batch": True} if self.manifest.quantization != "none" else {}),
         }
 
     def encode(self, request: Request) -> Prompt:

@@ -124,6 +124,14 @@ def test_what_changes_no_answer_is_a_hit(world):
     assert key(engine={"batch_size": 1, "threads": 8}) == before
 
 
+def test_the_batch_size_counts_where_answers_depend_on_it(world):
+    """Else `--batch-size 1` of a quantised export would be given what a batch of 16 said, and hide the difference."""
+    key, _ = world
+    int8 = {"dtype": "int8", "answers_depend_on_batch": True}
+    assert key(engine=int8 | {"batch_size": 1}) != key(engine=int8 | {"batch_size": 16})
+    assert key(engine=int8 | {"threads": 1}) == key(engine=int8 | {"threads": 8})
+
+
 def test_the_weights_behind_a_url_are_not_known(tmp_path):
     assert identity(FakeEngine(oracle, "http://127.0.0.1:8000/v1"), 0) is None
     with Answers(tmp_path, "vqa", 1, None) as kept:
