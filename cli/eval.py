@@ -234,9 +234,9 @@ def report(records: tuple[Path, ...], output: Path, title: str, scaling: Path | 
 
 
 def _evaluate(tasks: tuple[str, ...], options: dict[str, Any]) -> None:
-    from nmm_serve.evals.answers import FOLDER
     from nmm_serve.evals.datasets import find_files
     from nmm_serve.evals.latency import Load
+    from nmm_serve.evals.model_files import ANSWERS
     from nmm_serve.evals.run import Options, evaluate, load_data, open_for
 
     if options["model"] is None:
@@ -287,7 +287,7 @@ def _evaluate(tasks: tuple[str, ...], options: dict[str, Any]) -> None:
         if section.get("answers_reused"):
             asked = section.get("requests", section["n"])  # a text task asks several times an item
             kept = f"{section['answers_reused']:,} of {asked:,} answers were kept from an earlier run"
-            note(f"{task}: {kept}; delete {out.parent / FOLDER} to ask again")
+            note(f"{task}: {kept}; delete {out.parent / ANSWERS} to ask again")
     note(f"Record written to {out}")
     raise_failures(record, out)
 

@@ -20,9 +20,9 @@ from nmm_serve import __version__
 from nmm_serve.chat import CHAT_TEMPLATE
 from nmm_serve.engines.base import Engine, Output, Request, Score, ScoreRequest
 from nmm_serve.errors import DataError, ImageError, NMMError
+from nmm_serve.evals.model_files import ANSWERS, model_files
 from nmm_serve.images import load_image
 
-FOLDER = "answers"
 SYNC_S = 1.0
 """A machine that loses power loses no more than the answers of so many seconds; a killed process loses none."""
 _SPEED_ONLY = frozenset({
@@ -31,9 +31,6 @@ _SPEED_ONLY = frozenset({
 })  # fmt: skip
 """What engines tell of themselves that makes them faster or slower only. Anything not listed is part of the key, and
 the batch size too where the engine says `answers_depend_on_batch`."""
-_NOT_THE_MODEL = frozenset({"run.json"})
-_NO_MODEL_FILE = frozenset({".html", ".jsonl", ".log", ".md", ".png", ".svg"})
-"""What evaluations, and people, put beside weights."""
 _KEPT_FIELDS: dict[type, tuple[str, ...]] = {
     Output: ("text", "finish_reason", "num_prompt_tokens", "num_tokens"),
     Score: ("logprob", "is_greedy", "num_tokens"),
@@ -49,7 +46,9 @@ def identity(engine: Engine, seed: int) -> dict[str, Any] | None:
     folder = Path(engine.model)
     if engine.model.startswith(("http://", "https://")) or not folder.is_dir():
         return None
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and _is_of_the_model(path, folder))
+    files = [
+        path for path in model_files(folder) if path.name != "run.json"
+    ]  # how it was trained: no answer hangs on it
     about = engine.describe()
     speed_only = _SPEED_ONLY - ({"batch_size"} if about.get("answers_depend_on_batch") else set())
     return {
@@ -59,18 +58,6 @@ def identity(engine: Engine, seed: int) -> dict[str, Any] | None:
         "nmm-serve": __version__,
         "seed": seed,
     }
-
-
-def _is_of_the_model(path: Path, folder: Path) -> bool:
-    """Records, reports and kept answers may lie in the checkpoint's own folder, and are no part of it."""
-    if path.relative_to(folder).parts[0] in ("training", FOLDER):
-        return False
-    if path.name in _NOT_THE_MODEL or path.suffix in _NO_MODEL_FILE:
-        return False
-    if path.suffix != ".json":
-        return True
-    with path.open("rb") as stream:
-        return b'"format": "nmm-serve/' not in stream.read(200)
 
 
 class Answers:
@@ -91,7 +78,7 @@ class Answers:
         self.reused = 0
         if model is None:
             return
-        self.path = folder / FOLDER / f"{task}-{_digest(self._base)[:16]}.jsonl"
+        self.path = folder / ANSWERS / f"{task}-{_digest(self._base)[:16]}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("ab+")
         try:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nmm_serve.errors import DataError
+from nmm_serve.evals.model_files import model_files
 
 WEIGHTS = (".safetensors", ".onnx", ".data")
 
@@ -42,11 +43,12 @@ def _peak_rss() -> int:
 
 
 def artefact(model: str) -> dict[str, Any]:
-    """Files and bytes that have to be shipped for a model directory; unknown for a URL."""
+    """Files and bytes that have to be shipped for a model directory, so not the optimizer's in a resume checkpoint, nor
+    what evaluations left there; unknown for a URL."""
     folder = Path(model)
     if not folder.is_dir():
         return {"files": None, "bytes": None, "weights_bytes": None, "reason": "a server's URL does not show its files"}
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = model_files(folder)
     if not files:
         raise DataError(f"{folder} is empty; expected a checkpoint or an exported model")
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}

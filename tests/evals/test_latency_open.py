@@ -9,6 +9,7 @@ from PIL import Image
 from nmm_serve.engines.base import Output, Timing
 from nmm_serve.errors import ConfigError
 from nmm_serve.evals.lab.arrivals import drive_in_batches, drive_in_parallel, poisson
+from nmm_serve.evals.lab.resources import artefact
 from nmm_serve.evals.lab.workload import Pictures, Workload, set_resolution
 from nmm_serve.evals.latency import Load, cells, measure, summarise
 
@@ -116,6 +117,7 @@ def test_chunks_are_not_called_tokens():
 def test_every_cell_is_measured_and_named(tmp_path):
     path = tmp_path / "a.png"
     Image.new("RGB", (8, 8)).save(path)
+    (tmp_path / "weights").write_text("w")
     asked = []
 
     def answer(request):
@@ -194,3 +196,19 @@ def test_a_load_that_makes_no_sense(wrong):
 def test_a_workload_without_images_needs_no_picture():
     request = Workload(images=0).request(Pictures(), 4)
     assert request.messages[0]["content"] == [{"type": "text", "text": "4 Describe the image."}]
+
+
+def test_the_artefact_is_the_model_alone(tmp_path):
+    """A resume checkpoint holds the optimizer twice the size of the weights, and records may lie beside any model."""
+    own = {"model.safetensors": "w" * 100, "config.json": "{}", "run.json": "{}"}
+    left = {
+        "training/optimizer.safetensors": "o" * 200,
+        "answers/vqa-0.jsonl": "{}",
+        "vqa.items.jsonl": "{}",
+        "vqa.json": '{\n  "format": "nmm-serve/evaluation/1"}',
+        "report.html": "<html>",
+    }
+    for name, text in (own | left).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert artefact(str(tmp_path)) == {"files": 3, "bytes": 104, "weights_bytes": 100}
