@@ -29,6 +29,19 @@ _PACKAGES = (
     "pillow", "openai",
 )  # fmt: skip
 
+_PARTS: dict[str, tuple[str, ...]] = {
+    "model": ("name", "source", "hash", "parameters", "config", "run"),
+    "engine": ("name",),
+    "environment": ("packages", "cpu", "cpu_count", "gpus"),
+    "tasks": (),
+}
+_TASK_PARTS: dict[str, tuple[str, ...]] = {
+    "vqa": ("definitions", "n", "failed", "data", "best_constant", "question_only"),
+    "caption": ("definitions", "n", "failed", "data"),
+    "latency": ("definitions", "n", "failed", "output_tokens", "prompt", "levels"),
+}
+"""What every record since the first has, and what is read without asking whether it is there."""
+
 Record = dict[str, Any]
 
 
@@ -225,20 +238,24 @@ def load_record(path: Path) -> Record:
 
 
 def _misshapen(record: Record) -> str | None:
-    """What is not as a record has it, in what every reader of records goes by."""
-    for key, names in (("model", ("name",)), ("engine", ("name",)), ("environment", ()), ("tasks", ())):
-        if not isinstance(record[key], dict):
-            return f"{key!r} is no section"
-        for name in names:
-            if name not in record[key]:
-                return f"{key!r} has no {name!r}"
+    """What is not as a record has it, in what readers of records go by."""
+    for key, names in _PARTS.items():
+        if wrong := _lacks(record[key], names, repr(key)):
+            return wrong
     for task, section in record["tasks"].items():
-        if not isinstance(section, dict):
-            return f"task {task!r} is no section"
-        for name in ("n", "data") if task in ("vqa", "caption") else ():
-            if name not in section:
-                return f"task {task!r} has no {name!r}"
+        if wrong := _lacks(section, _TASK_PARTS.get(task, ()), f"task {task!r}"):
+            return wrong
+        if task in ("vqa", "caption"):
+            wrong = _lacks(section["data"], ("files", "images", "image_bytes"), f"'data' of task {task!r}")
+            if wrong:
+                return wrong
     return None
+
+
+def _lacks(section: Any, names: Iterable[str], what: str) -> str | None:
+    if not isinstance(section, dict):
+        return f"{what} is no section"
+    return next((f"{what} has no {name!r}" for name in names if name not in section), None)
 
 
 def load_items(record_path: Path, record: Record) -> list[dict[str, Any]]:

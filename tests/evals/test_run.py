@@ -14,7 +14,7 @@ from nmm_serve.errors import DataError
 from nmm_serve.evals import caption
 from nmm_serve.evals.datasets import Files, find_files, load_vqa
 from nmm_serve.evals.latency import Load
-from nmm_serve.evals.records import load_items, load_record, write_record
+from nmm_serve.evals.records import load_items, load_record, no_checkpoint, write_record
 from nmm_serve.evals.run import Options, evaluate, failures, load_data
 from nmm_serve.evals.table import remarks
 from nmm_serve.evals.tokenizer import FallbackTokenizer
@@ -211,9 +211,10 @@ def test_items_that_were_changed_are_refused(run, tmp_path):
 
 
 SHAPE = {
-    "format": "nmm-serve/evaluation/1", "model": {"name": "a"}, "engine": {"name": "torch"}, "environment": {},
-    "tasks": {}, "created": "", "final": True,
+    "format": "nmm-serve/evaluation/1", "model": no_checkpoint("a", "a", "a test"), "engine": {"name": "torch"},
+    "environment": {"packages": {}, "cpu": "x", "cpu_count": 1, "gpus": []}, "tasks": {}, "created": "", "final": True,
 }  # fmt: skip
+VQA = dict.fromkeys(("definitions", "n", "failed", "best_constant", "question_only"))
 
 
 @pytest.mark.parametrize(
@@ -225,7 +226,13 @@ SHAPE = {
         ('{"format": "nmm-serve/evaluation/1"}', "damaged record: it lacks model"),
         (json.dumps(SHAPE | {"model": 3}), "damaged record: 'model' is no section"),
         (json.dumps(SHAPE | {"engine": {}}), "damaged record: 'engine' has no 'name'"),
-        (json.dumps(SHAPE | {"tasks": {"vqa": {}}}), "damaged record: task 'vqa' has no 'n'"),
+        (json.dumps(SHAPE | {"model": {"name": "a"}}), "damaged record: 'model' has no 'source'"),
+        (json.dumps(SHAPE | {"environment": {}}), "damaged record: 'environment' has no 'packages'"),
+        (json.dumps(SHAPE | {"tasks": {"vqa": 3}}), "damaged record: task 'vqa' is no section"),
+        (json.dumps(SHAPE | {"tasks": {"vqa": {}}}), "damaged record: task 'vqa' has no 'definitions'"),
+        (json.dumps(SHAPE | {"tasks": {"vqa": VQA}}), "damaged record: task 'vqa' has no 'data'"),
+        (json.dumps(SHAPE | {"tasks": {"vqa": VQA | {"data": {}}}}), "'data' of task 'vqa' has no 'files'"),
+        (json.dumps(SHAPE | {"tasks": {"latency": {"n": 1}}}), "damaged record: task 'latency' has no 'definitions'"),
         ("", "is not JSON"),
     ],
 )
