@@ -36,23 +36,23 @@ _MAX_GROUPS = 16
 
 def vqa_by_question_type(records: Sequence[Record]) -> str | None:
     """Accuracy per question type with intervals, and the best constant answer of each type as a mark."""
-    held = [r for r in records if r["tasks"].get("vqa", {}).get("per_question_type")]
+    held = _held(records, "vqa", "per_question_type")
     if not held:
         return None
     sizes: dict[str, int] = {}
-    for record in held:
+    for _, record in held:
         for name, group in record["tasks"]["vqa"]["per_question_type"].items():
             sizes[name] = max(sizes.get(name, 0), group["n"])
     types = sorted(sizes, key=lambda name: (-sizes[name], name))[:_MAX_GROUPS]
     with drawing("vqa", 9.5, 0.8 + 0.26 * len(types) * (len(held) + 1)) as (figure, axes):
         thickness = 0.8 / len(held)
-        for index, record in enumerate(held):
+        for place, (index, record) in enumerate(held):
             groups = record["tasks"]["vqa"]["per_question_type"]
             here = [i for i, name in enumerate(types) if name in groups]
             values = [groups[types[i]]["accuracy"] for i in here]
             spans = [span(groups[types[i]]["accuracy"], groups[types[i]]["interval"]) for i in here]
             axes.barh(
-                [i - 0.4 + thickness * (index + 0.5) for i in here],
+                [i - 0.4 + thickness * (place + 0.5) for i in here],
                 values,
                 height=thickness * 0.92,
                 color=colour(index),
@@ -60,7 +60,7 @@ def vqa_by_question_type(records: Sequence[Record]) -> str | None:
                 xerr=list(zip(*spans, strict=True)),
                 error_kw={"elinewidth": 0.9, "ecolor": "#333"},
             )
-        constants = held[0]["tasks"]["vqa"]["best_constant"]["per_question_type"]
+        constants = held[0][1]["tasks"]["vqa"]["best_constant"]["per_question_type"]
         for i, name in enumerate(types):
             if name in constants:
                 label = "best constant answer" if i == 0 else None
@@ -76,41 +76,41 @@ def vqa_by_question_type(records: Sequence[Record]) -> str | None:
 
 def caption_metrics(records: Sequence[Record]) -> str | None:
     """One small panel per metric, since their scales differ."""
-    held = [r for r in records if r["tasks"].get("caption", {}).get("metrics")]
+    held = _held(records, "caption", "metrics")
     metrics = [
         name
         for name in ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L")
-        if any(r["tasks"]["caption"]["metrics"].get(name) is not None for r in held)
+        if any(r["tasks"]["caption"]["metrics"].get(name) is not None for _, r in held)
     ]
     if not held or not metrics:
         return None
     with drawing("caption", 9.5, 2.9, columns=len(metrics)) as (figure, panels):
         for axes, metric in zip(panels, metrics, strict=True):
-            for index, record in enumerate(held):
+            for place, (index, record) in enumerate(held):
                 value = record["tasks"]["caption"]["metrics"].get(metric)
                 if value is None:
                     continue
                 low, high = span(value, (record["tasks"]["caption"].get("intervals") or {}).get(metric))
-                axes.bar(index, value, color=colour(index), width=0.7, yerr=[[low], [high]], ecolor="#333")
+                axes.bar(place, value, color=colour(index), width=0.7, yerr=[[low], [high]], ecolor="#333")
             axes.set_title(metric.replace("Bleu", "BLEU").replace("_", "-"), fontsize=10)
-            axes.set_xticks(range(len(held)), [r["model"]["name"] for r in held], rotation=30, ha="right")
-            axes.grid(axis="x", visible=False)
+            axes.set_xticks([])
+        _legend_of_models(figure, held)
     return figure.svg
 
 
 def latency_bars(records: Sequence[Record]) -> str | None:
     """TTFT and TPOT (median, with a whisker to p90) and throughput at each concurrency."""
-    held = [r for r in records if r["tasks"].get("latency", {}).get("levels")]
+    held = _held(records, "latency", "levels")
     if not held:
         return None
-    concurrencies = sorted({level["concurrency"] for r in held for level in r["tasks"]["latency"]["levels"]})
+    concurrencies = sorted({level["concurrency"] for _, r in held for level in r["tasks"]["latency"]["levels"]})
     panels_of = (("ttft_s", "TTFT, ms"), ("tpot_s", "TPOT, ms"), ("output_tokens_per_s", "output tokens/s"))
     with drawing("latency", 9.5, 3.1, columns=3) as (figure, panels):
         for axes, (key, title) in zip(panels, panels_of, strict=True):
             width = 0.8 / len(held)
-            for index, record in enumerate(held):
+            for place, (index, record) in enumerate(held):
                 for level in record["tasks"]["latency"]["levels"]:
-                    at = concurrencies.index(level["concurrency"]) - 0.4 + width * (index + 0.5)
+                    at = concurrencies.index(level["concurrency"]) - 0.4 + width * (place + 0.5)
                     value, whisker = _level_value(level[key])
                     if value is not None:
                         axes.bar(at, value, width=width * 0.92, color=colour(index), yerr=whisker, ecolor="#333")
@@ -154,6 +154,7 @@ def quality_against_latency(records: Sequence[Record]) -> str | None:
     ]
     if not panels_of:
         return None
+    drawn: dict[int, Record] = {}
     with drawing("pareto", 4.75 * len(panels_of), 3.3, columns=len(panels_of)) as (figure, panels):
         for axes, (quality, title) in zip(panels, panels_of, strict=True):
             for index, record in enumerate(records):
@@ -162,11 +163,12 @@ def quality_against_latency(records: Sequence[Record]) -> str | None:
                     continue
                 low, high = span(y, interval)
                 axes.errorbar(x, y, yerr=[[low], [high]], fmt="o", color=colour(index), ms=7, elinewidth=1)
-                axes.annotate(record["model"]["name"], (x, y), xytext=(7, 5), textcoords="offset points")
+                drawn[index] = record
             axes.margins(y=0.2)
             axes.set_xlim(0, 1.25 * max(filter(None, map(e2e_ms, records))))
             axes.set_xlabel("median end-to-end latency, ms")
             axes.set_ylabel(title)
+        _legend_of_models(figure, sorted(drawn.items(), key=lambda held: held[0]))
     return figure.svg
 
 
@@ -338,9 +340,15 @@ def legend_above(drawn: Drawing, axes: "Axes") -> None:
     drawn.figure.legend(handles, labels, loc="outside upper center", ncols=min(6, len(labels)))
 
 
-def _legend_of_models(drawn: Drawing, records: Sequence[Record]) -> None:
+def _held(records: Sequence[Record], task: str, key: str) -> list[tuple[int, Record]]:
+    """The records that have something to draw, with their places among all: a model has one colour in every plot."""
+    return [(index, record) for index, record in enumerate(records) if record["tasks"].get(task, {}).get(key)]
+
+
+def _legend_of_models(drawn: Drawing, held: Sequence[tuple[int, Record]]) -> None:
+    """Names beside the points, or below the bars, would take the panels' room where they are long."""
     from matplotlib.patches import Patch
 
-    handles = [Patch(color=colour(i)) for i in range(len(records))]
-    names = [record["model"]["name"] for record in records]
+    handles = [Patch(color=colour(index)) for index, _ in held]
+    names = [record["model"]["name"] for _, record in held]
     drawn.figure.legend(handles, names, loc="outside upper center", ncols=min(6, len(names)))

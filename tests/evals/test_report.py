@@ -14,7 +14,7 @@ pytest.importorskip("pycocoevalcap", reason="needs the extra `evals`")
 pytest.importorskip("matplotlib", reason="needs the extra `evals`")
 
 from nmm_serve.errors import DataError
-from nmm_serve.evals import caption
+from nmm_serve.evals import caption, plots
 from nmm_serve.evals.datasets import find_files
 from nmm_serve.evals.latency import Load
 from nmm_serve.evals.records import blank_record, load_record, no_checkpoint, write_record
@@ -121,6 +121,18 @@ def test_records_without_some_tasks(make, page):
     text = page(make("only vqa", tasks=("vqa",)), make("only latency", tasks=("latency",)))
     assert "only vqa" in text
     assert "<h2>Captions</h2>" not in text
+
+
+def test_a_model_has_one_colour_and_its_name_takes_no_room_from_the_panels(make):
+    """In every plot, whatever the others hold; names below bars or beside points made panels narrow."""
+    long = "photo-grid-late-flops-seed2-step-20000-sft (vllm)"
+    records = [load_record(path) for path in (make("first", tasks=("latency",)), make(long), make("last"))]
+    first, second, third = "#0072b2", "#e69f00", "#009e73"
+    for plot in (plots.caption_metrics, plots.vqa_by_question_type, plots.quality_against_latency):
+        svg = plot(records).lower()
+        assert svg.count(f">{long}<") == 1, "in the legend alone"
+        assert (first in svg, second in svg, third in svg) == (False, True, True)
+    assert all(colour in plots.latency_bars(records).lower() for colour in (first, second, third))
 
 
 def test_failures_are_shown_not_scored(make, page):
