@@ -8,7 +8,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,12 +27,11 @@ from nmm_serve.engines.base import Engine, Output, Request, SamplingParams, Scor
 from nmm_serve.engines.openai import OpenAIEngine
 from nmm_serve.errors import ConfigError, EngineError, ImageError, NMMError, PromptError
 from nmm_serve.evals.answers import Answers
+from nmm_serve.evals.lm_eval_asking import CHUNK, Asking
 from nmm_serve.evals.lm_eval_prompts import ChatContext, Ids, chat_messages, prompts_for
 from nmm_serve.evals.lm_eval_requests import images_of, sampling_of
 from nmm_serve.evals.records import describe_model
 
-CHUNK = 256
-"""Requests handed to the engine in one call. The engine batches them as it sees fit."""
 DEFAULT_NEW_TOKENS = 256
 """lm-eval's own, for tasks that do not say."""
 
@@ -68,9 +67,7 @@ class NMM(TemplateLM):
         seed: of requests that sample.
         failures: where items that failed are listed. Their answers are then NaN or empty, which must not be scored.
             Without a list, the first one raises.
-        kept: answers of an earlier run, which are not asked again, and where new ones go. None: nothing is kept.
-        versions: of the tasks, by name; kept answers of another version do not count.
-        chunk_size: requests handed to the engine in one call; a kill loses no more than these.
+        kept, versions, chunk_size: as in `Asking`; with `kept` None nothing is kept.
 
     Raises EngineError, ConfigError or CheckpointError for a model that cannot be opened.
     """
@@ -104,10 +101,7 @@ class NMM(TemplateLM):
         self.seed = seed
         self.failures = failures
         self.start_task = start_task
-        self.kept = kept or Answers(Path(), "text", 0, None)
-        self.versions, self.chunk_size = versions or {}, chunk_size
-        self.requests = 0
-        """Asked, or found among the kept ones."""
+        self.ask = Asking(kept or Answers(Path(), "text", 0, None), versions or {}, chunk_size)
         self.prompts = prompts_for(model)
         self.truncated: dict[str, set[int]] = defaultdict(set)
         processor = getattr(model, "processor", None)
@@ -278,7 +272,7 @@ class NMM(TemplateLM):
             progress(len(requests))
             return scores
 
-        return self._ask(asked, owners, ask, progress, order=lambda r: -len(r.context) - len(r.continuation))
+        return self.ask(asked, owners, ask, progress, order=lambda r: -len(r.context) - len(r.continuation))
 
     def _score_chunk(self, requests: list[ScoreRequest]) -> list[Score | NMMError]:
         """One bad prompt or image fails alone. An engine that is broken ends the evaluation (EngineError)."""
@@ -352,43 +346,7 @@ class NMM(TemplateLM):
             outputs = self.engine.generate(requests, progress)
             return [output if output.error is None else PromptError(output.error) for output in outputs]
 
-        return self._ask(asked, owners, ask, progress)
-
-    # ---- answers and failures
-
-    def _ask(
-        self,
-        asked: Sequence[Any],
-        owners: Sequence[Instance | None],
-        ask: Callable[[list[Any]], Sequence[Any]],
-        progress: Callable[[int], None],
-        order: Callable[[Any], int] = lambda _: 0,
-    ) -> list[Any]:
-        """Answers in order of requests, or errors, which stand for themselves. `owners`: lm-eval's request that each
-        was made for; `order` sorts what is asked."""
-        results = list(asked)
-        good = [i for i, request in enumerate(asked) if not isinstance(request, NMMError)]
-        self.requests += len(good)
-        progress(len(asked) - len(good))
-
-        def in_chunks(waiting: list[int]) -> Iterator[tuple[int, Any]]:
-            for start in range(0, len(waiting), self.chunk_size):
-                chunk = [asked[good[k]] for k in waiting[start : start + self.chunk_size]]
-                yield from zip(range(start, start + len(chunk)), ask(chunk), strict=True)
-
-        answers = self.kept.complete(
-            [self._keyed(asked[i], owners[i]) for i in good], in_chunks, progress, lambda k: order(asked[good[k]])
-        )
-        for i, answer in zip(good, answers, strict=True):
-            results[i] = answer
-        return results
-
-    def _keyed(self, request: Request | ScoreRequest, owner: Instance | None) -> tuple[str | None, str | None]:
-        """Key and id."""
-        if owner is None:
-            return None, None
-        task = str(owner.task_name)
-        return self.kept.key_of(request, task, self.versions.get(task)), f"{task}/{owner.doc_id}"
+        return self.ask(asked, owners, ask, progress)
 
     def _answer(self, kind: str, request: Instance, answer: Any, value: Callable[[Any], Any], without: Any) -> Any:
         if isinstance(answer, NMMError):

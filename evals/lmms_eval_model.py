@@ -7,7 +7,8 @@ from lmms_eval.api.model import lmms
 
 from nmm_serve.engines.base import Request
 from nmm_serve.errors import PromptError
-from nmm_serve.evals.lm_eval_model import CHUNK, NMM
+from nmm_serve.evals.lm_eval_asking import CHUNK
+from nmm_serve.evals.lm_eval_model import NMM
 from nmm_serve.evals.lm_eval_requests import sampling_of
 
 
