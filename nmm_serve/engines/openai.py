@@ -5,8 +5,6 @@ and the log-probabilities of a prompt's tokens.
 """
 
 import os
-import random
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor
@@ -18,12 +16,12 @@ from urllib.parse import urlsplit
 
 from nmm_serve.engines.base import Output, Progress, Request, SamplingParams, Score, ScoreRequest
 from nmm_serve.engines.occupancy import Occupancy
-from nmm_serve.engines.openai_answer import Answer, retry_after, server_message
+from nmm_serve.engines.openai_answer import Answer
 from nmm_serve.engines.openai_messages import as_json, with_images
+from nmm_serve.engines.openai_retries import NotFound, Retries, Retry
 from nmm_serve.engines.server_load import EVERY_S, GAUGES, ServerLoad
 from nmm_serve.errors import ConfigError, EngineError, ImageError, PromptError, unknown_name
 
-FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0
 CONCURRENCY = 64
 """Requests in flight to a server that does not tell how many it runs at once."""
 IN_FLIGHT = 4
@@ -31,8 +29,6 @@ IN_FLIGHT = 4
 as many again as it ran at once, a batch of one-word answers was full a third of the time; with four times, always."""
 MAX_CONCURRENCY = 256
 METRICS_TIMEOUT_S = 2.0
-RETRIED_STATUS = {408, 409, 425, 429}
-"""Beside every 5xx: too slow, conflict, too early, too many."""
 
 T = TypeVar("T")
 
@@ -75,7 +71,6 @@ class OpenAIEngine:
         if concurrency is not None and concurrency < 1:
             raise ConfigError(f"concurrency must be at least 1, not {concurrency}")
         self.model = model
-        self.timeout, self.max_retries = timeout, max_retries
         self.openai = openai
         self.client = openai.OpenAI(
             base_url=base_url(model),
@@ -83,7 +78,7 @@ class OpenAIEngine:
             timeout=timeout,
             max_retries=0,  # a stream that breaks half-way has to be tried again too, so all of it is done here
         )
-        self.stopping = threading.Event()
+        self.persist = Retries(openai, model, timeout, max_retries)
         card = self._find_model(served_model)
         self.served_model: str = card["id"]
         self.owner: str = card.get("owned_by") or ""
@@ -174,18 +169,18 @@ class OpenAIEngine:
                 for future in done:
                     yield future.result()
         except BaseException:
-            self.stopping.set()  # no thread starts another attempt
+            self.persist.stopping.set()  # no thread starts another attempt
             raise
         finally:
             pool.shutdown(cancel_futures=True)
-            self.stopping.clear()
+            self.persist.stopping.clear()
 
     def _answer(self, request: Request, occupancy: Occupancy | None = None) -> Output:
         try:
             endpoint, body = self._body(request)
             with occupancy.in_flight() if occupancy else nullcontext():
                 begin = time.perf_counter()
-                return self._persist(lambda: self._stream(endpoint, body, begin))
+                return self.persist(lambda: self._stream(endpoint, body, begin))
         except (PromptError, ImageError, EngineError) as error:
             return Output(text="", finish_reason="error", error=str(error))
 
@@ -247,7 +242,7 @@ class OpenAIEngine:
     # ---- scores
 
     def _score(self, request: ScoreRequest) -> Score:
-        return self._persist(lambda: self._score_vllm(request) if self.is_extended else self._score_echo(request))
+        return self.persist(lambda: self._score_vllm(request) if self.is_extended else self._score_echo(request))
 
     def _score_vllm(self, request: ScoreRequest) -> Score:
         context, target = (
@@ -276,7 +271,7 @@ class OpenAIEngine:
         if not self.is_vllm:
             raise EngineError(f"{self.model} is not a vLLM server, so it does not tell its tokens")
         return self._in_parallel(
-            lambda text: self._persist(lambda: self._tokenize(text, add_special_tokens)), texts, None
+            lambda text: self.persist(lambda: self._tokenize(text, add_special_tokens)), texts, None
         )
 
     def _tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
@@ -318,7 +313,7 @@ class OpenAIEngine:
 
     def _find_model(self, wanted: str | None) -> dict[str, Any]:
         try:
-            cards = [card.model_dump() for card in self._persist(self.client.models.list).data]
+            cards = [card.model_dump() for card in self.persist(self.client.models.list).data]
         except NotFound:
             if wanted is None:
                 raise EngineError(
@@ -351,48 +346,6 @@ class OpenAIEngine:
             return response["version"]
         except (self.openai.OpenAIError, KeyError, TypeError):
             return "(version not told)"
-
-    def _persist(self, attempt: Callable[[], T]) -> T:
-        """Try until it works, the server refuses for good, or the retries are used up.
-
-        Raises EngineError; its message is the server's.
-        """
-        openai, tries = self.openai, self.max_retries + 1
-        for attempt_number in range(tries):
-            wait = None
-            try:
-                return attempt()
-            except Retry as error:
-                reason = str(error)
-            except openai.APITimeoutError:
-                reason = f"no answer within {self.timeout:g} s"
-            except openai.APIConnectionError as error:
-                reason = f"cannot connect ({type(error.__cause__ or error).__name__})"
-            except openai.APIStatusError as error:
-                reason = f"HTTP {error.status_code}: {server_message(error)}"
-                if error.status_code == 404:
-                    raise NotFound(f"{self.model}: {reason}") from error
-                if error.status_code < 500 and error.status_code not in RETRIED_STATUS:
-                    hint = "; set OPENAI_API_KEY to the server's key" if error.status_code in (401, 403) else ""
-                    raise EngineError(f"{self.model}: {reason}{hint}") from error
-                wait = retry_after(error)
-            except openai.APIError as error:  # an error event within a stream, or an answer that is no JSON
-                reason = server_message(error)
-            except (ValueError, TypeError, KeyError, IndexError) as error:
-                reason = f"the answer is not in OpenAI's shape ({type(error).__name__})"
-            if attempt_number + 1 < tries:
-                backoff = min(FIRST_DELAY_S * 2**attempt_number, LONGEST_DELAY_S) * random.uniform(0.5, 1.0)
-                if self.stopping.wait(min(max(backoff, wait or 0.0), 2 * LONGEST_DELAY_S)):
-                    break
-        raise EngineError(f"{self.model}: {reason}; gave up after {attempt_number + 1} attempts")
-
-
-class Retry(Exception):
-    """An answer that another attempt may mend."""
-
-
-class NotFound(EngineError):
-    """404: no such path, or no such model."""
 
 
 def base_url(url: str) -> str:

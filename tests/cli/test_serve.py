@@ -191,7 +191,7 @@ class TestGenerate:
         fails(run("generate", "http://127.0.0.1:9", "--prompt", "x", "--engine", "torch"), "does not fit")
 
     def test_a_server_that_is_not_there(self, monkeypatch):
-        monkeypatch.setattr("nmm_serve.engines.openai.FIRST_DELAY_S", 0.01)
+        monkeypatch.setattr("nmm_serve.engines.openai_retries.FIRST_DELAY_S", 0.01)
         fails(run("generate", "http://127.0.0.1:9", "--prompt", "x"), "http://127.0.0.1:9: cannot connect")
 
 

@@ -13,8 +13,7 @@ from PIL import Image
 
 pytest.importorskip("openai")
 
-from nmm_serve.engines import open_engine, server_load
-from nmm_serve.engines import openai as module
+from nmm_serve.engines import open_engine, openai_retries, server_load
 from nmm_serve.engines.base import Engine, Request, SamplingParams, ScoreRequest
 from nmm_serve.engines.occupancy import Occupancy
 from nmm_serve.engines.openai import OpenAIEngine, base_url
@@ -164,7 +163,7 @@ def server():
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
-    monkeypatch.setattr(module, "FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(openai_retries, "FIRST_DELAY_S", 0.01)
 
 
 def test_answers_a_chat_and_a_raw_prompt_with_counts_and_times(server):
