@@ -1,4 +1,8 @@
-"""How the commands end: one line and exit 1 for what a user can mend, 2 for usage, a traceback only with --debug."""
+"""How the commands end: one line and exit 1 for what a user can mend, 2 for usage, a traceback only with --debug.
+
+Usage is a command line that does not parse, lacks an option or contradicts itself. A value that parses and is refused
+by what it is given to (an unknown engine, a size that does not fit) is an error like any other, as from a YAML file.
+"""
 
 import difflib
 import errno
