@@ -67,16 +67,21 @@ def ours(weights: Weights, top_k: int) -> Prepared:
 
 
 def loop(weights: Weights, top_k: int) -> Prepared:
-    """One dense product an expert, cuBLAS on a GPU; the counts come to the host."""
+    """One dense product an expert, cuBLAS on a GPU; the counts come to the host.
+
+    The experts are unbound, not indexed: each index would make a gradient of the size of all weights in the backward
+    pass, and add it to the others'.
+    """
 
     def layer(x_TD, logits_TE):
         weight_TK, expert_TK = choose(logits_TE, top_k)
         order_N = expert_TK.reshape(-1).argsort(stable=True)
         counts = torch.bincount(expert_TK.reshape(-1), minlength=logits_TE.shape[1]).tolist()
         rows = []
-        for e, x_ND in enumerate(x_TD[order_N // top_k].split(counts)):
-            gate_NF, up_NF = F.linear(x_ND, weights.gate_up[e]).chunk(2, dim=-1)
-            rows.append(F.linear(F.silu(gate_NF) * up_NF, weights.down[e]))
+        x_E = x_TD[order_N // top_k].split(counts)
+        for x_ND, gate_up_2FD, down_DF in zip(x_E, weights.gate_up.unbind(), weights.down.unbind(), strict=True):
+            gate_NF, up_NF = F.linear(x_ND, gate_up_2FD).chunk(2, dim=-1)
+            rows.append(F.linear(F.silu(gate_NF) * up_NF, down_DF))
         return combine(torch.cat(rows), order_N, weight_TK)
 
     return Prepared(layer, (weights.gate_up, weights.down))

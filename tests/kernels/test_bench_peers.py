@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bench_fakes import TINY, a_cell
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nmm_serve.kernels.bench import check, measure
 from nmm_serve.kernels.bench.device import CpuDevice
@@ -112,6 +113,28 @@ def test_every_peer_computes_the_layer(peer, routing, libraries):
     measure.check_peer(entry, peer.prepare(weights, 2), expected)
     assert entry.reason is None
     assert entry.error < check.BOUND[torch.float32]
+
+
+def test_the_loop_makes_the_weights_gradients_once():
+    """At a few thousand tokens each further pass over all weights costs as much as an expert's products."""
+    (peer,) = (peer for peer in PEERS if peer.name == "loop")
+    (weights, _) = make_copies(TINY, CpuDevice(), torch.float32, True)
+    shapes = [weights.gate_up.shape, weights.down.shape]
+    made = []
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.shape in shapes and not out._is_view():
+                made.append(out.shape)
+            return out
+
+    prepared = peer.prepare(weights, 2)
+    with Noted():
+        check.gradients(
+            prepared.layer, torch.randn(21, 16), torch.randn(21, 8), prepared.parameters, torch.randn(21, 16)
+        )
+    assert sorted(made) == sorted(shapes)
 
 
 def test_bound_runs_for_any_number_of_tokens():
