@@ -87,7 +87,10 @@ class CudaDevice:
         if shutil.which("nvidia-smi") is None:
             return None
         command = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits", f"--id=GPU-{self.uuid}"]
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        try:
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        except (subprocess.TimeoutExpired, OSError):
+            return None
         line = answer.stdout.strip()
         return int(line) if answer.returncode == 0 and line.isdigit() else None
 

@@ -102,7 +102,8 @@ def tune(
     now: Callable[[], float] = time.monotonic,
 ) -> list[dict[str, Any]]:
     """Tune one kernel after the other, each with an equal part of the time that is left, and write the table after
-    each. Returns what was tried and found; it is shorter than `jobs` where the time was.
+    each. Returns what was tried and found; it is shorter than `jobs` where the time was. A kernel whose layer does not
+    fit into the memory is named with that `reason`.
 
     Raises DeviceLost when a tile takes the device down.
     """
@@ -116,43 +117,54 @@ def tune(
         if left <= 0:
             break
         training = cell.regime == "train"
-        if made_for != (cell.shape, training):
-            copies = []
-            device.free()
-            copies, made_for = make_copies(cell.shape, device, dtype, training), (cell.shape, training)
-        found.append(tune_kernel(kernel, cell, copies, device, now() + left / (len(jobs) - index), now))
+        until = now() + left / (len(jobs) - index)
+        try:
+            if made_for != (cell.shape, training):
+                copies, made_for = [], None
+                device.free()
+                copies, made_for = make_copies(cell.shape, device, dtype, training), (cell.shape, training)
+            found.append(tune_kernel(kernel, cell, copies, device, until, now))
+        except torch.OutOfMemoryError:
+            nothing = {"tried": 0, "config": None, "before_s": None, "after_s": None}
+            reason = "the device has too little memory"
+            found.append({**place(kernel, cell, device, dtype), **nothing, "reason": reason})
         write(table)
     return found
+
+
+def place(kernel: str, cell: Cell, device: Device, dtype: torch.dtype) -> dict[str, Any]:
+    """What a tile of the table holds for."""
+    shape = cell.shape
+    if cell.regime == "decode":
+        regime = moe_configs.decode_regime(cell.tokens, dtype)
+    else:
+        regime = moe_configs.grouped_regime(cell.tokens * cell.top_k, shape.experts, dtype)
+    return {
+        "device": device.name, "kernel": kernel, "hidden": shape.hidden, "intermediate": shape.intermediate,
+        "regime": regime,
+    }  # fmt: skip
 
 
 def tune_kernel(
     kernel: str, cell: Cell, copies: Sequence[Weights], device: Device, until: float, now: Callable[[], float]
 ) -> dict[str, Any]:
-    shape, dtype = cell.shape, copies[0].down.dtype
-    if cell.regime == "decode":
-        name = moe_configs.decode_regime(cell.tokens, dtype)
-    else:
-        name = moe_configs.grouped_regime(cell.tokens * cell.top_k, shape.experts, dtype)
-    where = {
-        "device": device.name, "kernel": kernel, "hidden": shape.hidden, "intermediate": shape.intermediate,
-        "regime": name,
-    }  # fmt: skip
+    where = place(kernel, cell, device, copies[0].down.dtype)
     # a decode tile must hold all tokens of its regime
     axes = {axis: values for axis, values in AXES.items() if axis != "BM" or cell.regime != "decode"}
     seconds_of = timer(where, cell, copies, device)
-    default = moe_configs.table()["default"][kernel][name]
+    default = moe_configs.table()["default"][kernel][where["regime"]]
     start = installed(where) or default
     with way_of(kernel, where):
         if kernel == "slices":  # first whether, then how
             whether = {"most_mb": axes.pop("most_mb")}
             best, before, after, tried = search(start, whether, seconds_of, lambda: now() < until)
-            if moe_configs.in_slices(cell.tokens, cell.top_k, shape.hidden, shape.intermediate, best):
+            if moe_configs.in_slices(cell.tokens, cell.top_k, cell.shape.hidden, cell.shape.intermediate, best):
                 best, _, after, more = search(best, axes, seconds_of, lambda: now() < until)
                 tried += more - 1
         else:
             best, before, after, tried = search(start, axes, seconds_of, lambda: now() < until)
     install(where, None if after is None or best == default else best)
-    return {**where, "tried": tried, "config": best, "before_s": before, "after_s": after}
+    return {**where, "tried": tried, "config": best, "before_s": before, "after_s": after, "reason": None}
 
 
 def timer(

@@ -1,5 +1,8 @@
 """Peers that fail, and those that take the device down."""
 
+import shutil
+import subprocess
+
 import pytest
 import torch
 from bench_fakes import NO_IMAGE, FragileDevice, a_cell, in_cell
@@ -93,3 +96,15 @@ def test_a_lost_device_ends_the_run_but_keeps_what_was_measured(monkeypatch):
     assert first.startswith(plan[1].label)
     assert f"{OURS} took the device down: AcceleratorError: CUDA error: an illegal memory access" in first
     assert second == plan[2].label
+
+
+@pytest.mark.parametrize("error", [subprocess.TimeoutExpired("nvidia-smi", 10), PermissionError("nvidia-smi")])
+def test_a_clock_that_nobody_tells_does_not_end_the_run(monkeypatch, error):
+    def run(*args, **kwargs):
+        raise error
+
+    device = CudaDevice.__new__(CudaDevice)
+    device.uuid = "0"
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setattr(subprocess, "run", run)
+    assert device.clock_mhz() is None

@@ -11,6 +11,7 @@ from nmm_serve.kernels import moe_configs
 from nmm_serve.kernels.bench import measure, tune
 from nmm_serve.kernels.bench.measure import make_copies
 from nmm_serve.kernels.bench.peers import OURS
+from nmm_serve.kernels.bench.plan import Shape
 
 
 def test_search_finds_a_better_tile_one_number_at_a_time():
@@ -104,6 +105,29 @@ def test_timer_measures_the_layer_with_the_tile_in_place(monkeypatch):
     config = table["default"]["up"]["fp32"]
     assert seconds_of(config) == 1.0
     assert table["tuned"] == [{**where, "config": config}]
+    moe_configs.config.cache_clear()
+
+
+def test_too_little_memory_costs_the_kernels_of_one_layer(monkeypatch, tmp_path):
+    table = copy.deepcopy(moe_configs.table())
+    monkeypatch.setattr(moe_configs, "table", lambda: table)
+    large = Shape("large", 32, 24)
+
+    def make(shape, *args):
+        if shape is large:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return make_copies(shape, *args)
+
+    monkeypatch.setattr(tune, "make_copies", make)
+    monkeypatch.setattr(tune, "timer", lambda *args: lambda config: 1.0)
+    device = FakeDevice({})
+    todo = tune.jobs([large, TINY], ["decode"])
+    found = tune.tune(todo, device, torch.float32, 1, tmp_path / "table.json", now=device.now)
+    assert [(f["hidden"], f["kernel"]) for f in found] == [(c.shape.hidden, kernel) for kernel, c in todo]
+    for entry in found:
+        lost = entry["hidden"] == large.hidden
+        assert entry["reason"] == ("the device has too little memory" if lost else None)
+        assert (entry["config"] is None) == (entry["after_s"] is None) == (entry["tried"] == 0) == lost
     moe_configs.config.cache_clear()
 
 
