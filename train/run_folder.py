@@ -51,20 +51,32 @@ def keep_config(folder: Path, config: TrainConfig) -> None:
     A key that the file does not have yet had its default. `parallel` may differ: it changes where the work is done,
     not what is computed. A run has begun once its data and model could be opened.
     """
+    changed = changes(folder, config)
+    if changed:
+        raise ConfigError(
+            f"{folder} holds a run with another configuration ({', '.join(changed.values())}); "
+            "use the same one to go on, or another --out to start anew"
+        )
+    if changed is None:
+        write_whole(folder / "config.yaml", yaml.safe_dump(_stored(config), sort_keys=False))
+
+
+def changes(folder: Path, config: TrainConfig) -> dict[str, str] | None:
+    """The keys in which a configuration differs from that of the run that has begun in a folder, each in words. None
+    where none has begun."""
     path = folder / "config.yaml"
-    values = yaml.safe_load(yaml.safe_dump(_plain(config.to_dict())))
-    if path.is_file() and any((folder / trace).exists() for trace in TRACES):
-        defaults = _flat(_plain(TrainConfig().to_dict()))
-        old, new = defaults | _flat(read_yaml(path)), _flat(values)
-        changed = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k) and not k.startswith("parallel.")]
-        if changed:
-            rows = ", ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in changed)
-            raise ConfigError(
-                f"{folder} holds a run with another configuration ({rows}); "
-                "use the same one to go on, or another --out to start anew"
-            )
-        return
-    write_whole(path, yaml.safe_dump(values, sort_keys=False))
+    if not path.is_file() or not any((folder / trace).exists() for trace in TRACES):
+        return None
+    defaults = _flat(_plain(TrainConfig().to_dict()))
+    old, new = defaults | _flat(read_yaml(path)), _flat(_stored(config))
+    changed = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k) and not k.startswith("parallel.")]
+    return {k: f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in changed}
+
+
+def _stored(config: TrainConfig) -> dict[str, Any]:
+    """A configuration as it comes back out of a YAML file."""
+    values: dict[str, Any] = yaml.safe_load(yaml.safe_dump(_plain(config.to_dict())))
+    return values
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

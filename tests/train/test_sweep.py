@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 import sys
 import time
@@ -197,6 +198,29 @@ def test_a_finished_sweep_is_left_alone_and_another_plan_refused(swept, tmp_path
     other = load_plan(write_plan(tmp_path / "w.yaml", mixtures={"m": {"text": 1, "caption": 99}}))
     with pytest.raises(ConfigError, match="another mixture m"):
         check_plan(other, tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    ("meanwhile", "back", "key"),
+    [
+        ({"families": ["late"]}, {"families": {"early": {"optimizer": {"lr": 1.0}}}}, "optimizer.lr: None -> 1.0"),
+        ({"sizes": ["femto"]}, {"sizes": {"atto": {"optimizer": {"lr": 1.0}}}}, "optimizer.lr: None -> 1.0"),
+        ({"sizes": ["femto"]}, {"sizes": {"atto": {"tokens": [12800]}}}, "steps: 6 -> 12"),
+        ({"mixtures": {"m": {"text": 1}}}, {"mixtures": {"": {"text": 1}}}, "data.sources: "),
+    ],
+)
+def test_what_a_plan_left_out_comes_back_unchanged_or_not_at_all(tmp_path, swept, meanwhile, back, key):
+    """The last plan does not hold it, but its runs are there and would be taken for this plan's."""
+    out = tmp_path / "out"
+    shutil.copytree(swept, out, ignore=shutil.ignore_patterns("checkpoints"))
+    Sweep(load_plan(write_plan(tmp_path / "without.yaml", **meanwhile)), out)
+    with pytest.raises(ConfigError, match=f"runs/early-atto holds a run of an earlier plan.*{re.escape(key)}"):
+        Sweep(load_plan(write_plan(tmp_path / "other.yaml", **back)), out)
+    again = Sweep(load_plan(write_plan(tmp_path / "same.yaml")), out)
+    assert all(again.is_done(name) for name in again.runs)
+    (out / "plan.yaml").unlink()
+    with pytest.raises(ConfigError, match="holds a run of an earlier plan"):
+        check_plan(load_plan(str(tmp_path / "other.yaml")), out)
 
 
 def test_a_failed_run_is_tried_again_and_then_named(tmp_path):

@@ -18,7 +18,7 @@ from nmm_serve.train.build import build_processor
 from nmm_serve.train.data.mixture import parse_mixture
 from nmm_serve.train.log import progress
 from nmm_serve.train.resume import branch_off
-from nmm_serve.train.run_folder import locked, read_yaml, write_whole
+from nmm_serve.train.run_folder import changes, locked, read_yaml, write_whole
 from nmm_serve.train.sweep.plan import Plan, Run, expand
 from nmm_serve.train.sweep.pools import Pool
 
@@ -53,8 +53,14 @@ def check_plan(plan: Plan, out: Path) -> None:
                 "name it under base.tokenizer.path to train with it"
             )
         return
-    if old is None:
-        return
+    if old is not None:
+        _check_last(plan, old, out)
+    for run in expand(plan):
+        _check_begun(run, out, makes_tokenizer=_makes_tokenizer(plan.base))
+
+
+def _check_last(plan: Plan, old: dict[str, Any], out: Path) -> None:
+    """Against the plan that was used last, run or not."""
     first = plan.seeds[0]  # its runs are named without it
     shared = {"base": plan.base, "cooldown": plan.cooldown, "tokens": plan.tokens}
     changed = [key for key, value in shared.items() if old.get(key) != value]
@@ -70,6 +76,20 @@ def check_plan(plan: Plan, out: Path) -> None:
         raise ConfigError(
             f"{out} holds a sweep with another {' and '.join(changed)}; use the same plan to go on, "
             "or another --out to start anew"
+        )
+
+
+def _check_begun(run: Run, out: Path, makes_tokenizer: bool) -> None:
+    """Against the run of its name that an earlier plan may have trained: one with a mixture, say, that the last plan
+    left out and this one has as another. Its record would be taken for this plan's."""
+    folder = out / "runs" / run.name
+    changed = changes(folder, run.config) or {}
+    # the sweep's own has its place from the sweep, not from the plan
+    told = [words for key, words in changed.items() if not (makes_tokenizer and key == "tokenizer.path")]
+    if told:
+        raise ConfigError(
+            f"{folder} holds a run of an earlier plan with another configuration ({', '.join(told)}); give the family, "
+            "size or mixture that was changed another name, or give another --out to start anew"
         )
 
 
