@@ -18,7 +18,7 @@ from nmm_serve.train.config import config_from
 from nmm_serve.train.loop import train
 from nmm_serve.train.sweep.estimate import count_all, estimate
 from nmm_serve.train.sweep.plan import expand, load_plan, merged, plan_names
-from nmm_serve.train.sweep.pools import LocalPool, RayPool
+from nmm_serve.train.sweep.pools import LocalPool, RayPool, _train_in_ray
 from nmm_serve.train.sweep.run import Sweep, check_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -267,6 +267,20 @@ def test_estimate_counts_shared_trunks_once(tmp_path, swept):
     # 6 steps of the trunk, 2 + 4 of cool-downs; alone 5 + 10
     assert cost.flops / cost.flops_alone == pytest.approx(12 / 15)
     assert cost.seconds == pytest.approx(cost.flops / (0.25 * 1e9))
+
+
+def test_a_worker_of_rays_trains_in_the_folder_that_the_sweep_was_started_in(tmp_path, monkeypatch):
+    """Else relative paths, the sweep's own tokenizer first, would lead to nothing: it begins where Ray was started."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run = Sweep(load_plan(write_plan(tmp_path / "p.yaml")), Path("out")).runs["early-atto"]
+    job = (run.config.to_dict(), str(tmp_path / "run"), 1)
+    monkeypatch.chdir(tmp_path)
+    problem = _train_in_ray(*job, str(tmp_path / "gone"))
+    assert "out/tokenizer" in problem
+    assert f"has no folder {tmp_path}/gone" in problem
+    assert _train_in_ray(*job, str(tmp_path / "here")) is None
+    assert (tmp_path / "run/final").is_dir()
 
 
 def test_ray_is_optional(monkeypatch):

@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import platform
 import sys
 import threading
 import time
@@ -140,18 +141,28 @@ def _environment(name: str, value: str):
 
 
 def _train_in_ray(values: Values, out: str, threads: int, directory: str) -> str | None:
-    """`train_job` in a worker of Ray's."""
+    """`train_job` in a worker of Ray's, in the directory that the sweep was started in: a worker begins where its
+    machine joined the cluster, and paths in `values` may be relative."""
     # Ray adds the directory that the sweep was started in; folders there may be named like libraries, as our source's
     sys.path[:] = [path for path in sys.path if path != directory]
     import torch
 
     torch.set_num_threads(threads)
-    return train_job(values, out)
+    try:
+        os.chdir(directory)
+        missing = ""
+    except OSError:  # no fault where every path is absolute
+        missing = (
+            f" ({platform.node()} has no folder {directory}, from which the plan's relative paths lead: start the "
+            "sweep in a folder that all machines share, or make the paths absolute)"
+        )
+    problem = train_job(values, out)
+    return None if problem is None else problem + missing
 
 
 class RayPool:
-    """Ray tasks on a cluster whose machines share the sweep's folder. Tried with two of Ray's nodes on one machine, not
-    on several.
+    """Ray tasks on a cluster whose machines share the sweep's folder. Tried with two network namespaces of one
+    computer, not on several computers.
 
     Raises ConfigError without Ray, or when no machine of the cluster has `threads` CPUs and `gpu_share` GPUs;
     TrainingError when the cluster cannot be reached.
