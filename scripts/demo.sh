@@ -23,12 +23,20 @@ mkdir -p "$out"
 runs=()
 pids=()
 watcher=
+command=
 # However this script ends, everything it started does, and what trains may still save a checkpoint.
 stop() {
-    kill -TERM -- $watcher "${pids[@]/#/-}" 2>/dev/null || true
+    kill -TERM -- $watcher $command "${pids[@]/#/-}" 2>/dev/null || true
     wait
 }
 trap stop EXIT
+# As the command alone would, but a signal that comes to this script need not wait for its end.
+run() {
+    "$@" &
+    command=$!
+    wait $command
+    command=
+}
 set -m # each training is a process group, and can be ended with its children
 for family in $families; do
     OMP_NUM_THREADS=$threads train "$family" >"$out/$family.log" 2>&1 &
@@ -38,7 +46,7 @@ done
 set +m
 nmm-train watch "${runs[@]}" &
 watcher=$!
-[ -d "$out/data" ] || nmm-train data builtin "$out/data" --split test --images "$images" --jitter 2 --max-objects 3
+[ -d "$out/data" ] || run nmm-train data builtin "$out/data" --split test --images "$images" --jitter 2 --max-objects 3
 for family in $families; do
     wait "${pids[0]}" || {
         echo "training of $family failed; the end of $out/$family.log:" >&2
@@ -48,13 +56,13 @@ for family in $families; do
     pids=("${pids[@]:1}")
 done
 wait $watcher
-trap - EXIT
+watcher=
 
 for family in $families; do
     echo "== $family: served by vLLM, evaluated on the test split"
-    nmm-eval all --model "$out/$family/sft/final" --name $family --engine vllm \
+    run nmm-eval all --model "$out/$family/sft/final" --name $family --engine vllm \
         --data "$out/data" --split test -o "$out/records/$family.json"
 done
 echo "== comparison"
-nmm-eval table "$out"/records/*.json
-nmm-eval report "$out"/records/*.json -o report.html --title "Early fusion, late fusion and mixture of experts"
+run nmm-eval table "$out"/records/*.json
+run nmm-eval report "$out"/records/*.json -o report.html --title "Early fusion, late fusion and mixture of experts"

@@ -35,21 +35,25 @@ def wait_for(condition, what: str) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("end", ["a family fails", "Ctrl-C", "SIGTERM"])
-def test_nothing_goes_on_when_the_demo_has_ended(tmp_path, end):
-    stub(tmp_path / "bin/nmm-train", TRAIN)
-    if end == "a family fails":
-        (tmp_path / "fail").touch()
-    demo = subprocess.Popen(
+def start_demo(folder: Path) -> subprocess.Popen:
+    return subprocess.Popen(
         [SCRIPTS / "demo.sh"],
-        cwd=tmp_path,
-        env=os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
+        cwd=folder,
+        env=os.environ | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+
+
+@pytest.mark.parametrize("end", ["a family fails", "Ctrl-C", "SIGTERM"])
+def test_nothing_goes_on_when_the_demo_has_ended(tmp_path, end):
+    stub(tmp_path / "bin/nmm-train", TRAIN)
+    if end == "a family fails":
+        (tmp_path / "fail").touch()
+    demo = start_demo(tmp_path)
 
     def pids(what: str) -> set[str]:
         return {path.suffix for path in tmp_path.glob(f"{what}.*")}
@@ -64,6 +68,45 @@ def test_nothing_goes_on_when_the_demo_has_ended(tmp_path, end):
     assert ("training of early failed" in output and "disk full" in output) == (end == "a family fails")
     assert pids("ended") == pids("started"), "waited for: what trains had the time to save"
     assert len(pids("started")) == 4, "none of the trainings that follow has begun"
+
+
+EVAL = """#!/usr/bin/env bash
+echo "$1 ${*: -1}" >>evaluated
+case "$*" in
+  *moe*) ;;
+  *) exit 0;;
+esac
+trap "touch ended; exit 1" TERM
+touch started
+for _ in {1..400}; do sleep 0.05; done
+"""
+"""`nmm-eval`: done at once, but with the last family."""
+
+
+@pytest.mark.parametrize("end", ["Ctrl-C", "SIGTERM"])
+def test_an_evaluation_ends_with_the_demo(tmp_path, end):
+    stub(tmp_path / "bin/nmm-train", "#!/usr/bin/env bash\n")
+    stub(tmp_path / "bin/nmm-eval", EVAL)
+    demo = start_demo(tmp_path)
+    wait_for((tmp_path / "started").exists, "the third evaluation")
+    if end == "Ctrl-C":
+        os.killpg(demo.pid, signal.SIGINT)
+    else:
+        demo.terminate()
+    demo.communicate(timeout=15)
+    assert demo.returncode != 0
+    assert (tmp_path / "ended").exists()
+    records = [f"all demo/records/{family}.json" for family in ("early", "late", "moe")]
+    assert (tmp_path / "evaluated").read_text().split("\n") == [*records, ""], "no table of what is not there"
+
+
+def test_an_evaluation_that_fails_ends_the_demo(tmp_path):
+    stub(tmp_path / "bin/nmm-train", "#!/usr/bin/env bash\n")
+    stub(tmp_path / "bin/nmm-eval", '#!/usr/bin/env bash\necho "$1" >>evaluated\nexit 3\n')
+    demo = start_demo(tmp_path)
+    demo.communicate(timeout=15)
+    assert demo.returncode == 3
+    assert (tmp_path / "evaluated").read_text() == "all\n"
 
 
 PYTHON = """#!/usr/bin/env bash
