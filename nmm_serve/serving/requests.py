@@ -301,7 +301,8 @@ def read_messages(messages: Any, manifest: Manifest, fetched: Fetched) -> tuple[
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str):
             raise BadRequest("a message needs a role: system, user or assistant", "messages")
-        unknown = set(message) - {"role", "content", "name", "refusal"}
+        # null says nothing: OpenAI's client writes so what an answer that is sent back did not have
+        unknown = {name for name, value in message.items() if value is not None} - {"role", "content", "name"}
         if unknown:
             raise BadRequest(f"unknown field {sorted(unknown)[0][:64]!r} in a message; leave it out", "messages")
         if content is None and role == "assistant":  # OpenAI's clients send back an answer that was empty so

@@ -159,12 +159,26 @@ def test_bad_completions_are_refused(live, body, told):
     assert told in answer["error"]["message"]
 
 
+def test_an_answer_can_be_sent_back(live):
+    """Whole, as its own class gives it: with the fields that it does not have as null."""
+    first = {"role": "user", "content": [text("what is it ?")]}
+    answer = live.client.chat.completions.create(model=NAME, messages=[first], max_tokens=4).choices[0].message
+    short = {"role": "assistant", "content": answer.content}
+    counts = [
+        live.ask("/tokenize", {"messages": [first, turn, first]})[1]["count"]
+        for turn in (short, answer.model_dump(), answer.model_dump(exclude_unset=True))
+    ]
+    assert answer.model_dump()["tool_calls"] is None
+    assert len(set(counts)) == 1
+
+
 @pytest.mark.parametrize(
     ("messages", "told"),
     [
         (None, "messages must be a list"),
         ([], "messages must be a list"),
         (["hello"], "messages must be a list"),
+        ([{"role": "assistant", "content": None, "refusal": "I cannot."}], "unknown field 'refusal' in a message"),
         ([{"role": "user", "content": None}], "content must be a string"),
         ([{"content": "a"}], "needs a role"),
         ([{"role": "wizard", "content": "a"}], "unknown role 'wizard'"),
