@@ -7,6 +7,7 @@ Legend: R resamples, C clusters (images), L layers, M modalities (image, text), 
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -167,21 +168,23 @@ def measure(
 ) -> dict[str, Any]:
     """The record's routing section: each document is read once, as in training, and its routed tokens are counted.
 
-    Documents of one image are one cluster of the bootstrap. A document that cannot be read or does not fit the model's
-    context is a failed item. `total`: documents in the data, where `readings` are only some of them.
+    Documents of one image are one cluster of the bootstrap. A text longer than the model's context is read in pieces;
+    a document with images that is longer, or one that cannot be read, is a failed item. `total`: documents in the data,
+    where `readings` are only some of them.
     """
     check_sparse(engine.model)
     counts: list[Array] = []
+    owners: list[int] = []  # of each piece, the document's place in the two lists below
     clusters: list[Any] = []
     sources: list[str] = []
     images: set[str] = set()
     errors: list[dict[str, Any]] = []
 
-    def encoded() -> Iterator[tuple[str, Any, "Encoded"]]:
+    def pieces() -> Iterator[tuple[int, "Encoded"]]:
         for reading in readings:
             try:
                 document = reading.read()
-                prompt = _encode(engine, document)
+                encoded = _encode(engine, document)
             except NMMError as error:
                 errors.append({"id": reading.name, "error": str(error)})
                 progress(1)
@@ -191,19 +194,21 @@ def measure(
                 for position, image in enumerate(document.images)
             ]
             images.update(keys)
-            yield reading.source, keys[0] if keys else reading.name, prompt
+            sources.append(reading.source)
+            clusters.append(keys[0] if keys else reading.name)
+            for piece in encoded:
+                yield len(sources) - 1, piece
 
-    batch: list[Any] = []
+    batch: list[tuple[int, Encoded]] = []
 
     def flush() -> None:
         if batch:
-            counts.extend(_count(engine, [prompt for _, _, prompt in batch]))
-            sources.extend(source for source, _, _ in batch)
-            clusters.extend(cluster for _, cluster, _ in batch)
-            progress(len(batch))
+            counts.extend(_count(engine, [piece for _, piece in batch]))
+            progress(len({owner for owner, _ in batch}.difference(owners[-1:])))  # less the one half-read before
+            owners.extend(owner for owner, _ in batch)
             batch.clear()
 
-    for item in encoded():
+    for item in pieces():
         batch.append(item)
         if len(batch) == batch_size:
             flush()
@@ -211,12 +216,13 @@ def measure(
 
     numbers = None
     if counts:
+        counts_NLME = _by_cluster(counts, owners)
         unit = "image" if images else "document"
-        numbers = summarise(_by_cluster(counts, clusters), unit=unit, seed=seed)
+        numbers = summarise(_by_cluster(counts_NLME, clusters), unit=unit, seed=seed)
         numbers["by_source"] = {}
         for source in dict.fromkeys(sources):
             own = [i for i, name in enumerate(sources) if name == source]
-            of_source = _by_cluster([counts[i] for i in own], [clusters[i] for i in own])
+            of_source = _by_cluster(counts_NLME[own], [clusters[i] for i in own])
             numbers["by_source"][source] = {
                 "documents": len(own), **summarise(of_source, unit=unit, seed=seed)["overall"],
             }  # fmt: skip
@@ -233,8 +239,8 @@ def measure(
     return publish(section, numbers, PUBLISHED)
 
 
-def _by_cluster(counts: Sequence[Any], clusters: Sequence[Any]) -> Any:
-    """counts_CLME: the documents of one cluster, such as the chats about one image, added up."""
+def _by_cluster(counts: Sequence[Any] | Array, clusters: Sequence[Any]) -> Any:
+    """counts_CLME: the pieces of one document, or the documents of one cluster (chats about one image), added up."""
     index_N, num_clusters = stats.cluster_index(clusters)
     counts_NLME = np.stack(counts)
     counts_CLME = np.zeros((num_clusters, *counts_NLME.shape[1:]), dtype=np.int64)
@@ -242,16 +248,18 @@ def _by_cluster(counts: Sequence[Any], clusters: Sequence[Any]) -> Any:
     return counts_CLME
 
 
-def _encode(engine: "TorchEngine", document: Document) -> "Encoded":
+def _encode(engine: "TorchEngine", document: Document) -> list["Encoded"]:
+    """The pieces that training makes of the document: one, or for a text longer than the context several."""
     from nmm_serve.images import load_image
 
     images = [load_image(image) for image in document.images]
-    prompt, _ = engine.processor.encode_parts([part for _, part in document.parts], images)
-    if len(prompt.input_ids) > engine.context_length:
-        raise DataError(
-            f"the document has {len(prompt.input_ids)} tokens, over the model's context of {engine.context_length}"
-        )
-    return prompt
+    encoded, _ = engine.processor.encode_parts([part for _, part in document.parts], images)
+    ids, context = encoded.input_ids, engine.context_length
+    if not images:
+        return [replace(encoded, input_ids=ids[start : start + context]) for start in range(0, len(ids), context)]
+    if len(ids) > context:
+        raise DataError(f"the document has {len(ids)} tokens with its images, over the model's context of {context}")
+    return [encoded]
 
 
 def _count(engine: "TorchEngine", prompts: Sequence["Encoded"]) -> list[Array]:

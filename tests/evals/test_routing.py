@@ -20,6 +20,8 @@ from nmm_serve.engines.torch import TorchEngine
 from nmm_serve.errors import CheckpointError, DataError
 from nmm_serve.evals.routing import check_sparse, from_log, layer_numbers, measure, summarise
 from nmm_serve.routing import count_routed, modality_groups
+from nmm_serve.train.data.documents import Document
+from nmm_serve.train.data.encoding import encode_document
 
 
 def numbers(image, text):
@@ -149,7 +151,8 @@ def test_a_document_that_fails_is_named_and_gives_no_numbers(engine, documents):
     def broken():
         raise DataError("its line is not JSON")
 
-    too_long = Read("long", partial(Doc, [("assistant", "red " * 2000)]))
+    read = documents[0].read()
+    too_long = Read("long", partial(Doc, [*read.parts, ("assistant", "red " * 2000)], read.images))
     section = measure(engine, [*documents, Read("bad:7", broken), too_long])
     assert section["failed"] == 2
     assert section["errors"][0] == {"id": "bad:7", "error": "its line is not JSON"}
@@ -157,6 +160,24 @@ def test_a_document_that_fails_is_named_and_gives_no_numbers(engine, documents):
     assert section["layers"] is None
     assert section["overall"] is None
     assert section["answered_only"]["n"] == 6
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
+def test_a_text_longer_than_the_context_is_read_in_pieces_as_in_training(engine, documents, batch_size):
+    long = [("assistant", "red green " * 700)]
+    document = Document(long, "text", "long")
+    pieces = encode_document(document, engine.processor, objective="pretrain", context_length=engine.context_length)
+    assert len(pieces) > 2
+    told = []
+    readings = [documents[0], Read("long", partial(Doc, long), "text"), *documents[1:]]
+    section = measure(engine, readings, batch_size=batch_size, progress=told.append)
+    alone = measure(engine, documents)
+    for layer, without in zip(section["layers"], alone["layers"], strict=True):
+        assert layer["image_tokens"] == without["image_tokens"]
+        assert sum(layer["text_tokens"]) - sum(without["text_tokens"]) == 2 * sum(map(len, pieces))
+    assert (section["failed"], section["by_source"]["text"]["documents"]) == (0, 2)
+    assert section["overall"]["specialisation"]["interval"]["clusters"] == 7
+    assert sum(told) == 7
 
 
 def test_padding_is_not_counted():
