@@ -4,15 +4,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nmm_serve.evals.scaling.law import Cost, Law
+from nmm_serve.evals.scaling.law import SAME_BUDGET, Cost, Law
 from nmm_serve.evals.scaling.optimise import Array
 from nmm_serve.evals.scaling.space import Runs
 
 PAPER_FROM = 3e19
 """The paper's line starts here; runs under ten times this size start theirs where the second size takes the lead."""
 _POINTS = 200
-_SAME_BUDGET = 0.05
-"""In ln C."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Frontier:
 
 def size_curves(runs: Runs) -> dict[float, tuple[Array, Array]]:
     """ln C and ln L of each size with at least two budgets, in order of C. Repeated runs are averaged: budgets within
-    `_SAME_BUDGET`, since another seed packs other documents and so sees a few tokens more or less."""
+    `SAME_BUDGET`, since another seed packs other documents and so sees a few tokens more or less."""
     curves = {}
     for size in np.unique(runs.n_R):
         of_size = runs.rows(runs.n_R == size)
@@ -39,7 +37,7 @@ def size_curves(runs: Runs) -> dict[float, tuple[Array, Array]]:
         starts = [0]
         for i in range(len(x_R)):
             # from the first of a group: budgets in small steps must not chain
-            if x_R[i] - x_R[starts[-1]] > _SAME_BUDGET:
+            if x_R[i] - x_R[starts[-1]] > SAME_BUDGET:
                 starts.append(i)
         if len(starts) > 1:
             x, y = (np.array([group.mean() for group in np.split(v_R, starts[1:])]) for v_R in (x_R, y_R))
@@ -87,7 +85,9 @@ def _lower_hull(x_X: Array, y_X: Array) -> Array:
     return np.interp(x_X, x_X[hull], y_X[hull])
 
 
-def law_exponent(law: Law, low: float, high: float, cost: Cost) -> float:
-    """c of the law's own optimum between two budgets."""
+def law_exponent(law: Law, low: float, high: float, cost: Cost) -> float | None:
+    """c of the law's own optimum between two budgets. None where they are one: a point has no slope."""
+    if np.log(high / low) <= SAME_BUDGET:
+        return None
     flops = np.geomspace(low, high, 50)
     return float(np.polyfit(np.log(flops), np.log(law.best_loss(flops, cost)), 1)[0])

@@ -7,6 +7,9 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
 
+SAME_BUDGET = 0.05
+"""In ln C: budgets as near as this are one."""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -93,7 +96,8 @@ def log_optimal_size(
 
 
 def regressed_exponents(law: Law, flops: Array, tokens_range: tuple[float, float], cost: Cost) -> dict[str, float]:
-    """a, b and d as the paper regresses them: for each run's C the best N over a grid of D, then log-log lines."""
+    """a, b and d as the paper regresses them: for each run's C the best N over a grid of D, then log-log lines. Empty
+    where the runs are of one C."""
     tokens_D = np.geomspace(*tokens_range, 2000)
     best_n, best_d = [], []
     for budget in np.unique(flops):
@@ -105,6 +109,8 @@ def regressed_exponents(law: Law, flops: Array, tokens_range: tuple[float, float
     if len(best_n) < 2:
         return {}
     used = np.log([float(cost.flops(n, d)) for n, d in zip(best_n, best_d, strict=True)])
+    if np.ptp(used) <= SAME_BUDGET:
+        return {}
     log_n, log_d = np.log(best_n), np.log(best_d)
     return {
         "a": _slope(used, log_n),

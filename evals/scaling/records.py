@@ -86,7 +86,7 @@ def as_runs(records: Sequence[SweepRecord], target: str) -> Runs:
 def all_params(records: Sequence[SweepRecord]) -> tuple[list[list[float]] | None, str | None]:
     """[active, all] parameters of each size, ascending, and a warning where a size has several numbers of all; the
     largest is given. None where a record tells no `n_params_total`."""
-    if not all("n_params_total" in r.values for r in records):
+    if any(r.values.get("n_params_total") is None for r in records):
         return None, None
     totals: dict[float, list[float]] = {}
     for r in records:
@@ -146,7 +146,7 @@ def parse_records(lines: Iterable[str], source: str) -> Records:
         else:
             flops = _positive(values, "flops", where)
         _check_sparsity(values, where)
-        if "n_params_total" in values:
+        if values.get("n_params_total") is not None:
             _positive(values, "n_params_total", where)
         runs.append(SweepRecord(number, family, n_params, tokens, flops, _losses(values, where), values))
     if not runs:
@@ -189,11 +189,11 @@ def _losses(values: dict[str, Any], where: str) -> dict[str, float]:
 
 def _check_sparsity(values: dict[str, Any], where: str) -> None:
     given = values.get("sparsity")
-    if given is not None and not (isinstance(given, int | float) and 0 <= given < 1):
+    if given is not None and not (type(given) in (int, float) and 0 <= given < 1):
         raise DataError(f"{where}: sparsity is the share of idle experts, from 0 to under 1, not {given!r}")
     experts, used = values.get("num_experts"), values.get("num_experts_per_tok")
     for key, value in (("num_experts", experts), ("num_experts_per_tok", used)):
-        if value is not None and (not isinstance(value, int) or value < 0):
+        if value is not None and (type(value) is not int or value < 0):
             raise DataError(f"{where}: {key} must be a whole number, not {value!r}")
     if experts and used is not None and not 1 <= used <= experts:
         raise DataError(f"{where}: num_experts_per_tok {used} must lie between 1 and num_experts {experts}")

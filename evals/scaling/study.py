@@ -12,7 +12,7 @@ from nmm_serve.errors import DataError
 from nmm_serve.evals.scaling.fit import FEWEST, LawFit, describe_law, family_cost, fit_law, identification
 from nmm_serve.evals.scaling.frontier import frontier, law_exponent, size_curves
 from nmm_serve.evals.scaling.held_out import errors, held_out_error, largest_size_error
-from nmm_serve.evals.scaling.law import Cost, regressed_exponents
+from nmm_serve.evals.scaling.law import SAME_BUDGET, Cost, regressed_exponents
 from nmm_serve.evals.scaling.optimise import Array
 from nmm_serve.evals.scaling.records import MEAN, Records, SweepRecord, all_params, as_runs, targets
 from nmm_serve.evals.scaling.resample import resampled_interval
@@ -207,7 +207,9 @@ def _frontier(
         own = law_exponent(fitted.law, runs.flops_R.min(), runs.flops_R.max(), cost) if positive else None
         few = len(size_curves(runs)) < 2
         why = "no two sizes have loss curves to draw a frontier from" if few else "the least compute has the least loss"
-        taken = "that of the law's own optimum" if positive else "null"
+        taken = "null" if own is None else "that of the law's own optimum"
+        if np.log(runs.flops_R.max() / runs.flops_R.min()) <= SAME_BUDGET:
+            why = f"every run has the same compute, about {runs.flops_R.mean():.3g} FLOPs (train other budgets, too)"
         warnings.append(f"{why}: c is {taken}")
         return {"c": own, "K": None, "from": None, "to": None, "source": "law"}, None
     rng = np.random.default_rng(seed)

@@ -60,6 +60,11 @@ def test_several_totals_of_one_size_give_the_largest_in_any_order():
     assert all_params(parse(told[0], told[0] | {"n_params_total": 3e6 * (1 + 1e-9)}).runs)[1] is None
 
 
+def test_totals_that_could_not_be_had_may_be_null():
+    told = GOOD | {"n_params_total": 3e6}
+    assert all_params(parse(told, told | {"n_params_total": None}).runs) == (None, None)
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
@@ -82,6 +87,9 @@ def test_several_totals_of_one_size_give_the_largest_in_any_order():
         (GOOD | {"losses": {"text": 1.0}}, "differ from those of line 1"),
         (json.dumps(GOOD).replace("1000000.0", "1" * 5000), "line 2: a number has more than 4300 digits"),
         (GOOD | {"sparsity": 1}, "share of idle experts"),
+        (GOOD | {"sparsity": False}, "share of idle experts"),
+        (GOOD | {"num_experts": True}, "num_experts must be a whole number, not True"),
+        (GOOD | {"n_params_total": 0}, "n_params_total must be a positive number"),
         (GOOD | {"num_experts": 8, "num_experts_per_tok": 9}, "between 1 and num_experts"),
     ],
 )  # fmt: skip

@@ -8,6 +8,7 @@ from synthetic_runs import EARLY, SMALL, grid, lines
 from nmm_serve.errors import DataError
 from nmm_serve.evals.scaling.law import Law
 from nmm_serve.evals.scaling.records import parse_records
+from nmm_serve.evals.scaling.space import Runs
 from nmm_serve.evals.scaling.study import fit_records
 
 SIZES, BUDGETS = np.geomspace(1e7, 1e10, 5), np.geomspace(1e9, 1e12, 5)
@@ -141,3 +142,18 @@ def test_runs_without_noise_have_narrow_intervals_that_hold():
         low, high = fit["intervals"][name]
         assert low < getattr(EARLY, name) < high
         assert high - low < 1e-4
+
+
+def test_runs_of_one_budget_have_no_exponents_of_compute():
+    """One isoFLOP curve, its budgets alike but for rounding and for another seed's packing."""
+    n_R = np.geomspace(1e8, 4e9, 12)
+    d_R = 1e20 / (6 * n_R) * np.where(np.arange(12) % 2, 1.0, 1.001)
+    loss_R = EARLY.loss(n_R, d_R) * np.exp(0.003 * np.random.default_rng(1).standard_normal(12))
+    (fit,) = fit_records(parse_records(lines(Runs(n_R, d_R, loss_R, 6 * n_R * d_R)), "r"), bootstraps=20)["fits"]
+    assert fit["E"] is not None
+    assert fit["c"] is None
+    assert fit["regressed"] == {}
+    assert "c" not in fit["intervals"]
+    assert [w for w in fit["warnings"] if w.endswith("c is null")] == [
+        "every run has the same compute, about 1e+20 FLOPs (train other budgets, too): c is null"
+    ]
