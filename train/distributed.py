@@ -7,6 +7,7 @@ a token weighs the same wherever it is. A process without a strategy goes throug
 import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -31,6 +32,7 @@ from nmm_serve.train.data.sharded import Division
 
 TIMEOUT = timedelta(minutes=30)
 """The longest that one process may keep the others waiting: for reading, for writing the final checkpoint."""
+_SILENT = ("Connection timed out", "No route to host", "Network is unreachable", r"Timed out waiting \d+ms")
 IMAGE_FRONT = ("patch_embed", "vision", "connector")
 
 T = TypeVar("T")
@@ -151,14 +153,25 @@ def processes(config: ParallelConfig) -> Iterator[Processes]:
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), device, config.strategy)
     except RuntimeError as error:
-        if count > 1 and "by peer" in str(error):  # gloo's "Connection closed by peer", or "reset"
-            raise TrainingError(
-                "another process of this run has ended and has said why; mend that, and run the same command to go on "
-                "from the last resume checkpoint"
-            ) from error
-        raise
+        lost = _lost(str(error)) if count > 1 else None
+        if lost is None:
+            raise
+        raise TrainingError(f"{lost}; run the same command to go on from the last resume checkpoint") from error
     finally:
         dist.destroy_process_group()
+
+
+def _lost(told: str) -> str | None:
+    """What gloo's error says of another process; None for any other error."""
+    if "by peer" in told:  # "Connection closed by peer", or "reset"
+        return "another process of this run has ended: it has said why, unless it was killed; mend that"
+    # a machine that went down or off the network says nothing: the system gives up sending, or TIMEOUT is over
+    if "gloo/transport" in told and (found := re.search("|".join(_SILENT), told)):
+        return (
+            f"another process of this run no longer answers ({found[0]}): look whether its machine and the network are "
+            "up, end what still runs there"
+        )
+    return None
 
 
 def fingerprint(model: nn.Module, processor: NMMProcessor) -> str:

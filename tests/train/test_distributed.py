@@ -243,6 +243,29 @@ def test_several_processes_need_a_strategy(recipe, tmp_path, monkeypatch):
         train(load_config(recipe), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        # as gloo says them: of a process that was killed, and of machines that went off the network
+        ("gloo/transport/tcp/pair.cc:538] Connection closed by peer [10.0.0.2]:4009", "has ended: it has said why"),
+        ("gloo/transport/tcp/pair.cc:537] Read error [10.0.0.2]:4009: Connection timed out.", "Connection timed out"),
+        ("gloo/transport/tcp/pair.cc:537] Read error [10.0.0.1]:3420: No route to host.", "No route to host"),
+        ("gloo/transport/tcp/unbound_buffer.cc:129] Timed out waiting 250ms for send", "Timed out waiting 250ms"),
+    ],
+)  # fmt: skip
+def test_a_lost_process_is_said_to_be_lost(told, said, monkeypatch):
+    monkeypatch.setattr("nmm_serve.train.distributed.dist.init_process_group", lambda *args, **kwargs: None)
+    monkeypatch.setattr("nmm_serve.train.distributed.dist.destroy_process_group", lambda: None)
+    monkeypatch.setattr("nmm_serve.train.distributed.dist.get_rank", lambda: 0)
+    monkeypatch.setattr("nmm_serve.train.distributed.dist.get_world_size", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = f"another process of this run .*{said}.*run the same command to go on"
+    with pytest.raises(TrainingError, match=message), processes(ParallelConfig(strategy="ddp")):
+        raise RuntimeError(told)
+    with pytest.raises(RuntimeError, match="a tensor"), processes(ParallelConfig(strategy="ddp")):
+        raise RuntimeError("Timed out waiting for a tensor")
+
+
 def test_ddp_of_one_process_passes_steps_without_images(recipe, tmp_path, monkeypatch):
     """DDP waits for the gradients of every parameter, also alone."""
     monkeypatch.setattr("nmm_serve.train.loop.gemm_rate", lambda device, dtype: 1e9)
