@@ -5,13 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from nmm_serve.chat import IMAGE, Part
-from nmm_serve.errors import PromptError
+from nmm_serve.chat import BOS, IMAGE, Part
+from nmm_serve.errors import ConfigError, PromptError
+from nmm_serve.image_processor import as_pil
 from nmm_serve.prompt import Prompt, PromptEncoder, checked
 
 
@@ -108,19 +110,36 @@ class NMMProcessor(PromptEncoder, ProcessorMixin):
     ) -> BatchFeature:
         """transformers' call: `text` a string or a list of raw prompts, `images` an image, a list, or a list of lists.
 
-        A flat list of images is dealt out to the prompts by their `<|image|>` marks.
+        A flat list of images is dealt out to the prompts by their `<|image|>` marks. Prompts are padded to the longest,
+        never cut, and begin with `<|bos|>`; ConfigError for `kwargs` that ask for something else.
         """
-        texts = [text] if isinstance(text, str) else list(text)
-        flat = _flatten(images)
+        texts = list(text) if isinstance(text, (list, tuple)) else [text]
+        if not texts or not all(isinstance(t, str) for t in texts):
+            raise PromptError(f"text must be a prompt or a list of prompts, not {type(text).__name__}; no token ids")
+        self._check_asked(kwargs, texts)
         counts = [t.count(IMAGE) for t in texts]
+        flat = _flatten(images)
         if sum(counts) != len(flat):
             raise PromptError(f"the prompts have {sum(counts)} {IMAGE} marks but {len(flat)} images were given")
+        if isinstance(images, (list, tuple)) and any(isinstance(item, (list, tuple)) for item in images):
+            given = [len(_flatten(item)) for item in images]
+            if given != counts:
+                raise PromptError(f"the prompts have {counts} {IMAGE} marks, but their lists of images have {given}")
         prompts, start = [], 0
         for prompt, count in zip(texts, counts, strict=True):
             prompt = prompt.removeprefix(self.tokenizer.bos_token)  # a rendered chat has it already
             prompts.append(self.encode_prompt(prompt, flat[start : start + count]))
             start += count
         return BatchFeature(data=dict(self.collate(prompts, padding_side)), tensor_type=return_tensors)
+
+    def _check_asked(self, kwargs: dict[str, Any], texts: Sequence[str]) -> None:
+        obeyed = {
+            "padding": (True, "longest", *([False] if len(texts) == 1 else [])),
+            "add_special_tokens": (True, *([False] if all(t.startswith(BOS) for t in texts) else [])),
+        }
+        for name, value in kwargs.items():
+            if value is not None and value not in obeyed.get(name, (False,)):
+                raise ConfigError(f"this processor has no {name}={value!r}, and would leave it undone; leave it out")
 
     def decode(self, ids: Sequence[int], **kwargs) -> str:
         return self.tokenizer.decode(ids, **({"skip_special_tokens": True} | kwargs))
@@ -131,4 +150,4 @@ def _flatten(images) -> list:
         return []
     if isinstance(images, (list, tuple)):
         return [image for item in images for image in _flatten(item)]
-    return [images]
+    return [as_pil(images) if isinstance(images, (np.ndarray, torch.Tensor)) else images]

@@ -1,4 +1,6 @@
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from parity_checkpoint import noise_image
@@ -59,6 +61,39 @@ def test_images_and_places_must_agree(processor):
             processor.encode_prompt("look <|image|>", images)
         with pytest.raises(PromptError, match=f"1 <.image.> marks but {len(images)} images"):
             processor(images=images, text="<|image|>")
+
+
+def test_every_prompt_gets_the_images_of_its_own_list(processor):
+    images = [noise_image(i, 64, 64) for i in range(2)]
+    texts = ["<|image|> large", "<|image|> small"]
+    dealt, given = processor(images=images, text=texts), processor(images=[images[:1], images[1:]], text=texts)
+    assert dealt["pixel_values"].equal(given["pixel_values"])
+    assert processor(images=[images, []], text=["<|image|><|image|>", "none"])["image_grid"].shape == (2, 2)
+    for nested in ([images, []], [[], images], [images]):
+        with pytest.raises(PromptError, match=r"prompts have \[1, 1\] .* their lists of images have \["):
+            processor(images=nested, text=texts)
+
+
+def test_what_a_call_asks_for_is_done_or_refused(processor):
+    image, text = noise_image(0, 64, 64), "<|bos|><|image|> a circle"
+    whole = processor(images=image, text=text)
+    for array in (np.asarray(image), torch.from_numpy(np.array(image))):
+        assert processor(images=array, text=text)["pixel_values"].equal(whole["pixel_values"])
+    # as transformers' own chat template and pipeline call it
+    same = processor(images=[[image]], text=[text], padding=True, add_special_tokens=False, videos=None)
+    assert same["input_ids"].equal(whole["input_ids"])
+    for asked in (
+        {"truncation": True}, {"max_length": 5}, {"padding": "max_length"}, {"return_offsets_mapping": True},
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"no {next(iter(asked))}="):
+            processor(images=image, text=text, **asked)
+    with pytest.raises(ConfigError, match="no add_special_tokens=False"):
+        processor(text="a circle", add_special_tokens=False)
+    with pytest.raises(ConfigError, match="no padding=False"):
+        processor(text=["a", "circle"], padding=False)
+    for wrong in (None, [[1, 2]], [], image):
+        with pytest.raises(PromptError, match="must be a prompt or a list of prompts"):
+            processor(text=wrong)
 
 
 def test_unknown_roles_and_parts_are_named(processor):
