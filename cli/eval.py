@@ -75,7 +75,8 @@ def _any_evaluation(command: Callable[..., None]) -> Callable[..., None]:
                 "-o",
                 "--output",
                 type=_FILE,
-                help="Where the record goes. Default: NAME-TASK.json here, latency-comparison.json with --compare.",
+                help="Where the record goes. Default: NAME-TASK.json here, unless it is another model's; "
+                "latency-comparison.json with --compare.",
             ),
             click.option("--json", "as_json", is_flag=True, help="Print the record, and nothing else, on stdout."),
         )
@@ -237,6 +238,7 @@ def _evaluate(tasks: tuple[str, ...], options: dict[str, Any]) -> None:
     from nmm_serve.evals.datasets import find_files
     from nmm_serve.evals.latency import Load
     from nmm_serve.evals.model_files import ANSWERS
+    from nmm_serve.evals.records import check_default_place
     from nmm_serve.evals.run import Options, evaluate, load_data, open_for
 
     if options["model"] is None:
@@ -260,6 +262,8 @@ def _evaluate(tasks: tuple[str, ...], options: dict[str, Any]) -> None:
         )
     label = "all" if len(tasks) > 1 else tasks[0]
     out = options["output"] or Path(f"{file_name(name or model)}-{label}.json")
+    if options["output"] is None:
+        check_default_place(out, model)
     plan = Options(
         tasks=tasks, files=files, out=out, name=name, limit=options["limit"], seed=options["seed"], load=load,
         at_once=options["batch_size"], text=_text_options(options),

@@ -31,7 +31,14 @@ _FILE = click.Path(path_type=Path)
 def routing(**options: Any) -> None:
     """Which experts image and text tokens go to, layer by layer: specialisation and load balance."""
     from nmm_serve.evals import routing as task
-    from nmm_serve.evals.records import blank_record, check_place, new_record, no_checkpoint, write_record
+    from nmm_serve.evals.records import (
+        blank_record,
+        check_default_place,
+        check_place,
+        new_record,
+        no_checkpoint,
+        write_record,
+    )
     from nmm_serve.train.data.paths import sources_at
 
     model, log, name = options["model"], options["log"], options["name"]
@@ -39,6 +46,8 @@ def routing(**options: Any) -> None:
         raise click.UsageError("give --model with --data, or --log")
     out = options["output"] or Path(f"{file_name(name or model or str(log))}-routing.json")
     check_place(out)
+    if options["output"] is None:
+        check_default_place(out, model or str(log))
     if log is not None:
         label = name or (log if log.is_dir() else log.parent).resolve().name
         about = no_checkpoint(label, str(log), "measured from a training log")

@@ -18,7 +18,7 @@ from typing import Any
 
 from nmm_serve.checkpoint import check_checkpoint, checkpoint_hash, read_run
 from nmm_serve.engines.base import Engine
-from nmm_serve.errors import DataError
+from nmm_serve.errors import DataError, UsageError
 from nmm_serve.evals.annotations import read_json
 from nmm_serve.onnx.manifest import is_exported, read_manifest
 
@@ -65,6 +65,21 @@ def blank_record(model: dict[str, Any], engine: dict[str, Any], *, seed: int) ->
         "samples": {},
         "items": None,
     }
+
+
+def check_default_place(out: Path, model: str) -> None:
+    """A default name is the model's last folder, and many checkpoints are called `final`. Raises UsageError where the
+    record of another model stands."""
+    try:
+        held = json.loads(out.read_text())["model"]["source"]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or no record
+        return
+
+    def place(source: str) -> str:
+        return source if source.startswith(("http://", "https://")) else str(Path(source).resolve())
+
+    if place(held) != place(without_password(model)):
+        raise UsageError(f"{out} is the record of {held}; name another file with -o, or this model with --name")
 
 
 def describe_model(source: str, name: str | None = None) -> dict[str, Any]:

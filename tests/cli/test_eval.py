@@ -61,6 +61,17 @@ def test_vqa_prints_a_table_and_writes_a_record(data, engine, tmp_path):
     assert engine[0].closed
 
 
+def test_a_record_is_not_overwritten_by_another_model_of_that_name(data, engine, tmp_path):
+    assert run("vqa", "--model", "early/final", "--data", data).exit_code == 0
+    assert run("vqa", "--model", tmp_path / "early" / "final", "--data", data).exit_code == 0  # the same one, again
+    result = run("vqa", "--model", "late/final", "--data", data)
+    assert result.exit_code == 2
+    assert "final-vqa.json is the record of" in result.stderr
+    assert "early/final" in json.loads((tmp_path / "final-vqa.json").read_text())["model"]["source"]
+    assert run("vqa", "--model", "late/final", "--name", "late", "--data", data).exit_code == 0
+    assert run("vqa", "--model", "late/final", "--data", data, "-o", "final-vqa.json").exit_code == 0
+
+
 def test_all_is_one_record_from_one_engine(data, engine, tmp_path):
     result = run("all", "--model", "some/ckpt", "--data", data, "-o", "r/all.json", *QUICK)
     assert result.exit_code == 0, result.stderr
