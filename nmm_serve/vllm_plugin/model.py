@@ -166,7 +166,11 @@ class NMMSparseMoE(nn.Module):
 
 
 def chosen_experts(vllm_config: VllmConfig) -> Choice:
-    """Whose kernels compute the experts of this model on this device (see `moe_choice`)."""
+    """Whose kernels compute the experts of this model on this device (see `moe_choice`).
+
+    Another choice never meets the graphs that vLLM compiled for this one: vLLM's layers note themselves in
+    `static_all_moe_layers` of the compilation config, which is a part of the key of its cache.
+    """
     config, parallel = vllm_config.model_config.hf_config, vllm_config.parallel_config
     obstacles = {
         "--tensor-parallel-size": parallel.tensor_parallel_size > 1,
