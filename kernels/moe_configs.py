@@ -82,6 +82,14 @@ def in_slices(tokens: int, top_k: int, hidden: int, intermediate: int, config: C
     return 8 * tokens * top_k * slices * hidden <= 1e6 * config["most_mb"]
 
 
+def least_shared_bytes(kernel: str, regime: str, config: Config) -> int:
+    """Shared memory that the compiled tile takes at the least: all steps under way but one, which may lie in registers.
+    Of the weights' gradients Triton keeps still fewer before Hopper, so that nothing is known."""
+    if kernel.endswith("weight_grad"):
+        return 0
+    return (config["num_stages"] - 1) * stage_bytes(kernel, regime, config)
+
+
 def every_config() -> Iterator[tuple[str, str, Config]]:
     """Each (kernel, regime, config) of the table once."""
     seen = set()

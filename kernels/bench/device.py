@@ -18,6 +18,8 @@ class Device(Protocol):
     name: str
     cache_bytes: int
     """Of the last cache before memory."""
+    shared_bytes: int | None
+    """Shared memory of one program, at most; None where nobody tells."""
 
     def elapsed(self, function: Pass) -> float:
         """Seconds that one call takes on the device."""
@@ -51,6 +53,7 @@ class CudaDevice:
         properties = torch.cuda.get_device_properties(0)
         self.name = properties.name
         self.cache_bytes = properties.L2_cache_size
+        self.shared_bytes = getattr(properties, "shared_memory_per_block_optin", None)  # not in torch for ROCm
         self.held_bytes = 0
         self.uuid = properties.uuid
 
@@ -101,6 +104,7 @@ class CudaDevice:
 class CpuDevice:
     kind = "cpu"
     cache_bytes = 0
+    shared_bytes = None
 
     def __init__(self) -> None:
         self.name = platform.processor() or platform.machine()

@@ -151,7 +151,13 @@ def tune_kernel(
     where = place(kernel, cell, device, copies[0].down.dtype)
     # a decode tile must hold all tokens of its regime
     axes = {axis: values for axis, values in AXES.items() if axis != "BM" or cell.regime != "decode"}
-    seconds_of = timer(where, cell, copies, device)
+    timed = timer(where, cell, copies, device)
+
+    def seconds_of(config: Config) -> float | None:
+        # compiling a tile that is too large takes longer than others, and it never starts
+        needed = moe_configs.least_shared_bytes(kernel, where["regime"], config)
+        return None if device.shared_bytes is not None and needed > device.shared_bytes else timed(config)
+
     default = moe_configs.table()["default"][kernel][where["regime"]]
     start = installed(where) or default
     with way_of(kernel, where):

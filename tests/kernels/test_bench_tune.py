@@ -95,6 +95,22 @@ def test_each_way_to_decode_is_tuned_where_the_layer_goes_it(monkeypatch, tmp_pa
     moe_configs.config.cache_clear()
 
 
+def test_tiles_that_cannot_fit_are_not_compiled(monkeypatch, tmp_path):
+    table = copy.deepcopy(moe_configs.table())
+    monkeypatch.setattr(moe_configs, "table", lambda: table)
+    device, asked = FakeDevice({}), []
+    device.shared_bytes = 232448
+    monkeypatch.setattr(tune, "timer", lambda *args: lambda config: asked.append(config) or 1.0)
+    todo = [(kernel, cell) for kernel, cell in tune.jobs([TINY], ["prefill"]) if (kernel, cell.tokens) == ("up", 8192)]
+    tune.tune(todo, device, torch.bfloat16, 1, tmp_path / "table.json", now=device.now)
+    start = table["default"]["up"]["many"]
+    assert asked[0] == start
+    assert start | {"BN": 64} in asked
+    assert start | {"BN": 256} not in asked  # 4 x 80 KB
+    assert start | {"BK": 128} not in asked  # 4 x 96 KB
+    moe_configs.config.cache_clear()
+
+
 def test_timer_measures_the_layer_with_the_tile_in_place(monkeypatch):
     table = copy.deepcopy(moe_configs.table())
     monkeypatch.setattr(moe_configs, "table", lambda: table)

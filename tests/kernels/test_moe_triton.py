@@ -99,6 +99,7 @@ def test_every_configuration_compiles_for_hopper(kernel, regime, config, tools, 
         launch(kernel, dtype=torch.float32 if regime == "fp32" else torch.bfloat16), tmp_path
     )
     assert_fits(compiled)
+    assert compiled.shared_bytes >= moe_configs.least_shared_bytes(kernel, regime, config)
     assert "UTMALDG" in compiled.sass
     if regime != "fp32":
         wide = config["BM"] >= 64
