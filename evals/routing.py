@@ -270,7 +270,7 @@ def _count(engine: "TorchEngine", prompts: Sequence["Encoded"]) -> list[Array]:
 
     batch = {k: v.to(engine.device) for k, v in engine.processor.collate(prompts).items()}
     with torch.inference_mode():
-        output = engine.network(**batch, output_router_logits=True, logits_to_keep=1)
+        output = engine.network(**batch, use_cache=False, output_router_logits=True, logits_to_keep=1)
     ids_BT, mask_BT = batch["input_ids"], batch["attention_mask"]
     B, T = ids_BT.shape
     group_N = modality_groups(engine.network.model.is_image(ids_BT), mask_BT)

@@ -173,9 +173,8 @@ class TorchEngine(InChunks):
         inputs = batch
         encoder_s, prefill_s = 0.0, None
         while True:
-            logits_BV = (
-                self.network(**inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1].float().cpu().numpy()
-            )
+            output = self.network(**inputs, past_key_values=cache, use_cache=self.use_cache, logits_to_keep=1)
+            logits_BV = output.logits[:, -1].float().cpu().numpy()
             tokens = [state.step(logits_V, begin) for state, logits_V in zip(states, logits_BV, strict=True)]
             if prefill_s is None:
                 encoder_s = self.front.seconds
@@ -223,7 +222,7 @@ class TorchEngine(InChunks):
                 prompts.append(Encoded(context.input_ids + target, context.pixel_values, context.image_grid))
                 lengths.append(len(target))
             batch = {k: v.to(self.device) for k, v in self.processor.collate(prompts).items()}
-            logits_BTV = self.network(**batch, logits_to_keep=max(lengths) + 1).logits.float()
+            logits_BTV = self.network(**batch, use_cache=False, logits_to_keep=max(lengths) + 1).logits.float()
             for logits_TV, prompt, length in zip(logits_BTV, prompts, lengths, strict=True):
                 target_T = torch.tensor(prompt.input_ids[-length:], device=self.device)
                 logprobs_TV = logits_TV[-length - 1 : -1].log_softmax(-1)

@@ -20,34 +20,35 @@ def attention_mask(
     num_keys: int,
     padding_BS: torch.Tensor | None = None,
     document_BT: torch.Tensor | None = None,
+    num_past: int | None = None,
 ) -> torch.Tensor:
     """The mask of arXiv 2504.07951, section 2.1: allow (i, j) if j <= i, or i and j are patches of one image.
 
     Args:
-        span_BT: image numbers of the new tokens, from `image_spans`. The new tokens are the last T of the S keys;
-            an image is never split between the cache and the new tokens.
+        span_BT: image numbers of the new tokens, from `image_spans`. An image is never split between the cache and the
+            new tokens.
         num_keys: S.
-        padding_BS: 1 or True for real tokens, 0 for padding.
+        padding_BS: 1 or True for real tokens, 0 for padding; for the keys up to the last new token.
         document_BT: document numbers when several documents share a row (needs S == T).
+        num_past: keys before the new tokens; default: S - T. Behind them a static cache has room.
 
     Returns:
         [B, 1, T, S] bool, True where attention is allowed. A padding token sees itself, so that no row is empty.
     """
     T = span_BT.shape[1]
-    offset = num_keys - T
-    query_T = torch.arange(offset, num_keys, device=span_BT.device)
+    num_past = num_keys - T if num_past is None else num_past
+    room = num_keys - num_past - T
+    query_T = torch.arange(num_past, num_past + T, device=span_BT.device)
     key_S = torch.arange(num_keys, device=span_BT.device)
-    causal_TS = key_S <= query_T[:, None]
-    same_image_BTT = (span_BT[:, :, None] == span_BT[:, None, :]) & (span_BT[:, :, None] > 0)
-    if offset:
-        same_image_BTT = torch.nn.functional.pad(same_image_BTT, (offset, 0))
-    allowed_BTS = causal_TS | same_image_BTT
+    span_BS = torch.nn.functional.pad(span_BT, (num_past, room))
+    same_image_BTS = (span_BT[:, :, None] == span_BS[:, None, :]) & (span_BT[:, :, None] > 0)
+    allowed_BTS = (key_S <= query_T[:, None]) | same_image_BTS
     if document_BT is not None:
-        assert offset == 0, "packed documents are never continued from a cache"
+        assert num_keys == T, "packed documents are never continued from a cache"
         allowed_BTS = allowed_BTS & (document_BT[:, :, None] == document_BT[:, None, :])
     if padding_BS is not None:
-        itself_TS = key_S == query_T[:, None]
-        allowed_BTS = (allowed_BTS & padding_BS.bool()[:, None, :]) | itself_TS
+        padding_BS = torch.nn.functional.pad(padding_BS.bool(), (0, room))
+        allowed_BTS = (allowed_BTS & padding_BS[:, None, :]) | (key_S == query_T[:, None])
     return allowed_BTS[:, None]
 
 

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
 from nmm_serve.config import NMMConfig
-from nmm_serve.errors import PromptError
+from nmm_serve.errors import ConfigError, PromptError
 from nmm_serve.kernels.moe import RouterTotals
 from nmm_serve.models.blocks import DecoderLayer, Experts, RMSNorm, RouterOutput, TokenMarks, rope_tables
 from nmm_serve.models.masks import DocumentMasks, additive, document_masks, image_spans
@@ -135,7 +135,10 @@ class NMMModel(NMMPreTrainedModel):
     ) -> tuple[torch.Tensor, tuple[RouterOutput, ...]]:
         """Returns the final hidden states [B, T, D] and, for MoE, what the router of each layer did."""
         T = input_ids.shape[1]
-        num_past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        num_past, num_keys = 0, T
+        if past_key_values is not None:
+            # a static cache counts on the device, and has room behind the new tokens
+            num_past, num_keys = int(past_key_values.get_seq_length()), past_key_values.get_mask_sizes(T, 0)[0]
         if position_ids is None:
             if attention_mask is None:
                 position_ids = torch.arange(num_past, num_past + T, device=input_ids.device)[None]
@@ -145,13 +148,13 @@ class NMMModel(NMMPreTrainedModel):
         is_image_BT = self.is_image(input_ids)
         rope = rope_tables(position_ids, self.config.head_dim, self.config.rope_theta, x_BTD.dtype)
         mask: torch.Tensor | DocumentMasks | None = None
-        if T > 1 or attention_mask is not None:
+        if T > 1 or attention_mask is not None or num_keys != num_past + T:
             span_BT = image_spans(is_image_BT)
             eager_cpu = x_BTD.device.type == "cpu" and not torch.compiler.is_compiling()
-            if eager_cpu and document_ids is not None and attention_mask is None and not num_past:
+            if eager_cpu and document_ids is not None and attention_mask is None and num_keys == T:
                 mask = document_masks(span_BT, document_ids, x_BTD.dtype)
             else:
-                mask = additive(build_mask(span_BT, num_past + T, attention_mask, document_ids), x_BTD.dtype)
+                mask = additive(build_mask(span_BT, num_keys, attention_mask, document_ids, num_past), x_BTD.dtype)
         real_BT = attention_mask if document_ids is None else document_ids
         counted_N = None if real_BT is None else (real_BT[:, -T:] > 0).reshape(-1)
         marks = TokenMarks(is_image_BT.reshape(-1), counted_N)
@@ -206,8 +209,9 @@ class NMMForConditionalGeneration(NMMPreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         output_router_logits: bool = False,
         cache: Cache | None = None,
-        **kwargs,
-    ) -> NMMOutput:
+        return_dict: bool | None = None,
+        **unread,
+    ) -> NMMOutput | tuple:
         """
         Args:
             input_ids: [B, T], each image as one placeholder a patch.
@@ -218,13 +222,19 @@ class NMMForConditionalGeneration(NMMPreTrainedModel, GenerationMixin):
             labels: [B, T]; -100 does not count. Shifted here: position t is predicted from t - 1.
             num_items_in_batch: divisor of the summed loss; default: the labels of this batch. Gradient accumulation
                 gives the labels of all its micro-batches.
+            use_cache: return the keys and values of these tokens; default: as the config says, but not for a loss.
             logits_to_keep: compute logits for the last so many positions only; 0 is all.
             cache: `past_key_values` under the name that newer releases of transformers give it.
+            unread: what transformers and PEFT hand over to every model; nothing may be asked for with it.
 
         In training with labels, logits are computed only where a label is, and not returned: image positions
         carry no loss (section 2) and would be half of the largest matrix product.
         """
+        if asked := [name for name, value in unread.items() if value is not None and value is not False]:
+            raise ConfigError(f"this model takes no {' and no '.join(asked)}; leave it out")
         past_key_values = cache if past_key_values is None else past_key_values
+        if use_cache is None:
+            use_cache = self.config.use_cache and labels is None and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         x_BTD, routers = self.model(
@@ -257,7 +267,8 @@ class NMMForConditionalGeneration(NMMPreTrainedModel, GenerationMixin):
                     z_losses = [r.stats.z_loss(t) for r, t in zip(routers, totals, strict=True)]
                     output.z_loss = share * torch.stack(z_losses).mean()
                     output.loss = output.loss + self.config.router_z_loss_coef * output.z_loss
-        return output
+        output = NMMOutput(**output)  # anew: in the order of its fields, for who takes them by position
+        return output.to_tuple() if return_dict is False else output
 
     def over_batch(
         self, num_labels: torch.Tensor, totals: list[RouterTotals]
@@ -292,15 +303,21 @@ class NMMForConditionalGeneration(NMMPreTrainedModel, GenerationMixin):
         )
         return input_ids, kwargs | {"pixel_values": pixel_values, "image_grid": image_grid}
 
-    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, pixel_values=None, image_grid=None, **kwargs):
+        """The images go with the first tokens. They are kept from transformers, which gives an assistant model none."""
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         cache = inputs.get(CACHE)
-        if cache is not None and cache.get_seq_length() > 0:
-            new_ids_BT = inputs["input_ids"]
-            if new_ids_BT.shape[1] > 1 and self.model.is_image(new_ids_BT).any():
-                raise PromptError(
-                    f"the prompt has images after the first {cache.get_seq_length()} tokens, which the cache "
-                    f"holds already; give the whole prompt and all of its images again, without {CACHE}"
-                )
-            inputs["pixel_values"] = inputs["image_grid"] = None  # they are in the cache already
+        if cache is None or cache.get_seq_length() == 0:
+            return inputs | {"pixel_values": pixel_values, "image_grid": image_grid}
+        new_ids_BT = inputs["input_ids"]
+        if new_ids_BT.shape[1] > 1 and self.model.is_image(new_ids_BT).any():
+            raise PromptError(
+                f"the prompt has images after the first {cache.get_seq_length()} tokens, which the cache "
+                f"holds already; give the whole prompt and all of its images again, without {CACHE}"
+            )
         return inputs
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None, **kwargs) -> torch.Tensor | None:
+        """The padding as it is: our mask is made of it. For a static cache transformers would make a causal one."""
+        return attention_mask

@@ -54,6 +54,10 @@ def test_cached_prefix_gives_the_last_rows_of_the_whole_mask(lengths, keep):
         cut -= 1  # an image is never split between cache and new tokens
     part = attention_mask(image_spans(is_image[:, cut:]), total)[0, 0]
     assert torch.equal(part, whole[cut:])
+    padding = torch.ones(1, total)
+    roomy = attention_mask(image_spans(is_image[:, cut:]), total + 3, padding, num_past=cut)[0, 0]
+    assert torch.equal(roomy[:, :total], whole[cut:])
+    assert not roomy[:, total:].any(), "nothing is there yet"
 
 
 def test_padding_is_seen_by_itself_alone():

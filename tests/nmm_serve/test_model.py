@@ -1,11 +1,14 @@
+import copy
+
 import pytest
 import torch
 from parity_checkpoint import FAMILIES, TORCH_ONLY, make_parity_checkpoint, noise_image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers.cache_utils import StaticCache
 
 from nmm_serve.checkpoint import load_model, load_processor
 from nmm_serve.config import NMMConfig
-from nmm_serve.errors import PromptError
+from nmm_serve.errors import ConfigError, PromptError
 from nmm_serve.models import NMMForConditionalGeneration
 from nmm_serve.models.nmm import CACHE
 
@@ -58,6 +61,54 @@ def test_generate_with_and_without_cache(loaded):
     batch = processor.collate(prompts(processor))
     cached, uncached = (model.generate(**batch, max_new_tokens=8, do_sample=False, use_cache=c) for c in (True, False))
     assert torch.equal(cached, uncached)
+    static = model.generate(**batch, max_new_tokens=8, do_sample=False, cache_implementation="static")
+    assert torch.equal(cached, static), "a static cache has room behind the last token, which nobody may see"
+
+
+def test_room_in_a_static_cache_is_not_seen(loaded):
+    model, processor = loaded
+    batch = processor.collate(prompts(processor)[:1])
+    del batch["attention_mask"]
+    cache = StaticCache(config=model.config, max_cache_len=300)
+    first = model(**batch, past_key_values=cache)
+    then = model(input_ids=first.logits[:, -1:].argmax(-1), past_key_values=cache)
+    torch.testing.assert_close(first.logits, model(**batch).logits, rtol=1e-4, atol=1e-4)
+    ids = torch.cat((batch["input_ids"], first.logits[:, -1:].argmax(-1)), dim=1)
+    whole = model(**batch | {"input_ids": ids}).logits[:, -1:]
+    torch.testing.assert_close(then.logits, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_an_assistant_sees_the_images(loaded):
+    model, processor = loaded
+    batch = processor.collate(prompts(processor)[:1])
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    assistant = copy.deepcopy(model)
+    assert torch.equal(
+        model.generate(**batch, **options, assistant_model=assistant), model.generate(**batch, **options)
+    )
+
+
+def test_the_cache_comes_back_as_the_config_says(loaded):
+    """Who goes on without one would go on without what came before."""
+    model, processor = loaded
+    batch = processor.collate(prompts(processor)[:1])
+    assert model(**batch).past_key_values.get_seq_length() == batch["input_ids"].shape[1]
+    assert model(**batch, use_cache=False).past_key_values is None
+    assert model(**batch, labels=batch["input_ids"]).past_key_values is None, "nobody goes on from a loss"
+
+
+def test_what_the_model_cannot_give_is_refused(loaded):
+    model, processor = loaded
+    batch = processor.collate(prompts(processor)[1:2])
+    for name in ("output_hidden_states", "output_attentions", "pixel_value"):
+        with pytest.raises(ConfigError, match=f"takes no {name}; leave it out"):
+            model(**batch, **{name: True})
+    logits = model(**batch, output_hidden_states=False, inputs_embeds=None, return_dict=True).logits  # as PEFT calls it
+    assert torch.equal(model(**batch, return_dict=False)[0], logits)
+    named = model(**batch, labels=batch["input_ids"])
+    loss, *rest = model(**batch, labels=batch["input_ids"], return_dict=False)
+    assert loss == named.loss == named[0]
+    assert torch.equal(rest[named.aux_loss is not None], named.logits), "by position too, where transformers has them"
 
 
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
