@@ -84,7 +84,11 @@ def compare(
         measures += build(records, items, left_out)
     left_out = {name: reason for name, reason in left_out.items() if reason}
     if not measures:
-        raise DataError("these records cannot be compared: " + "; ".join(f"{k}: {v}" for k, v in left_out.items()))
+        reasons = "; ".join(f"{task}: {reason}" for task, reason in left_out.items())
+        raise DataError(
+            f"these records cannot be compared: {reasons or 'none holds vqa, caption or latency'}. "
+            "Give records that all hold one of these tasks whole: those of one task at a time, or of `nmm-eval all`"
+        )
     pairs = len(names) * (len(names) - 1) // 2
     resamples = max(stats.RESAMPLES, RESAMPLES_PER_PAIR * pairs)
     metrics = {}

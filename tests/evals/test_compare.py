@@ -126,6 +126,11 @@ def test_times_with_other_pictures_are_not_compared(make, tmp_path):
         compare([here, there])
 
 
+def test_records_of_different_tasks_are_refused_with_what_can_be_given(make):
+    with pytest.raises(DataError, match="vqa: caps did not run it.*those of one task at a time"):
+        compare([make("answers", oracle, ("vqa",)), make("caps", oracle, ("caption",))])
+
+
 def test_a_task_that_one_record_lacks_is_left_out_with_the_reason(make):
     found = compare([make("both", oracle), make("one", oracle, ("vqa",))])
     assert found["left_out"] == {"caption": "one did not run it"}
