@@ -316,6 +316,8 @@ def _show(value: Any) -> str:
         return {True: "yes", False: "no", None: "-"}[value]
     if isinstance(value, (int, float)):
         return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    if isinstance(value, dict | list) and not value:
+        return "none"
     if isinstance(value, dict):
         return ", ".join(f"{name} {_show(inner)}" for name, inner in value.items())
     if isinstance(value, list):

@@ -110,7 +110,7 @@ def check_checkpoint(path: str | Path) -> Path:
     """Raise CheckpointError unless `path` holds the files of one of our checkpoints."""
     path = Path(path)
     if not path.exists():
-        raise CheckpointError(f"checkpoint directory {path} does not exist")
+        raise CheckpointError(f"checkpoint directory {path} does not exist; a run leaves its own in OUT/final")
     if not path.is_dir():
         raise CheckpointError(f"{path} is a file; give the checkpoint's directory")
     if is_exported(path):

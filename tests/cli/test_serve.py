@@ -127,6 +127,11 @@ class TestInfo:
         (path / "run.json").unlink()
         assert "no run.json" in run("info", path).stdout
 
+    def test_what_is_empty_is_called_none(self, tmp_path):
+        path = make_checkpoint(tmp_path / "ckpt")
+        (path / "run.json").write_text(json.dumps({"data": {"bad": {}, "documents": {"vqa": 900}}}))
+        assert "bad none, documents vqa 900" in run("info", path).stdout
+
     @pytest.mark.parametrize("command", ["info", "launch", "generate"])
     def test_wrong_directories(self, tmp_path, command):
         more = ["--prompt", "x"] if command == "generate" else []
