@@ -242,7 +242,7 @@ def measure(
 def _by_cluster(counts: Sequence[Any] | Array, clusters: Sequence[Any]) -> Any:
     """counts_CLME: the pieces of one document, or the documents of one cluster (chats about one image), added up."""
     index_N, num_clusters = stats.cluster_index(clusters)
-    counts_NLME = np.stack(counts)
+    counts_NLME = np.stack(list(counts))
     counts_CLME = np.zeros((num_clusters, *counts_NLME.shape[1:]), dtype=np.int64)
     np.add.at(counts_CLME, index_N, counts_NLME)
     return counts_CLME

@@ -53,7 +53,8 @@ class CudaDevice:
         properties = torch.cuda.get_device_properties(0)
         self.name = properties.name
         self.cache_bytes = properties.L2_cache_size
-        self.shared_bytes = getattr(properties, "shared_memory_per_block_optin", None)  # not in torch for ROCm
+        # torch for ROCm does not tell
+        self.shared_bytes: int | None = getattr(properties, "shared_memory_per_block_optin", None)
         self.held_bytes = 0
         self.uuid = properties.uuid
 
@@ -104,7 +105,7 @@ class CudaDevice:
 class CpuDevice:
     kind = "cpu"
     cache_bytes = 0
-    shared_bytes = None
+    shared_bytes: int | None = None
 
     def __init__(self) -> None:
         self.name = platform.processor() or platform.machine()

@@ -1,5 +1,5 @@
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nmm_serve.models.masks import attention_mask, document_masks, image_spans
@@ -21,6 +21,7 @@ def lay_out(documents):
     return torch.tensor([is_image]), torch.tensor([document]), torch.tensor([image])
 
 
+@settings(deadline=None)
 @given(rows)
 def test_mask_is_the_papers_rule(documents):
     is_image, document, image = lay_out(documents)
@@ -32,6 +33,7 @@ def test_mask_is_the_papers_rule(documents):
             assert mask[i, j] == expected, (i, j)
 
 
+@settings(deadline=None)
 @given(rows, st.integers(0, 3))
 def test_masks_of_single_documents_are_the_blocks_of_the_whole(documents, padding):
     is_image, document, _ = lay_out(documents)
@@ -44,6 +46,7 @@ def test_masks_of_single_documents_are_the_blocks_of_the_whole(documents, paddin
     assert torch.equal(torch.block_diag(*blocks).bool(), whole)
 
 
+@settings(deadline=None)
 @given(segments, st.integers(0, 3))
 def test_cached_prefix_gives_the_last_rows_of_the_whole_mask(lengths, keep):
     is_image, _, _ = lay_out([lengths])
